@@ -1,0 +1,29 @@
+"""cellstill: distil single-cell data."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {"Distiller": "cellstill.distill"}
+_SUBPACKAGES = {"data", "de", "distill", "errors", "io", "metrics", "nn", "pl", "teachers", "train"}
+
+__all__ = ["Distiller", "__version__"]
+
+if TYPE_CHECKING:
+    from cellstill.distill import Distiller
+
+
+def __getattr__(name: str) -> Any:
+    # Nothing heavy is imported before it is asked for.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"cellstill.{name}")
+    raise AttributeError(f"module 'cellstill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})

@@ -1,0 +1,72 @@
+"""Errors and warnings: every message names the argument, what was found, what exists, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CellstillError(Exception):
+    """Base of every error that cellstill raises on purpose."""
+
+
+class InvalidArgumentError(CellstillError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class InvalidCountsError(CellstillError, ValueError):
+    """The chosen matrix does not hold counts."""
+
+
+class GeneMismatchError(CellstillError, ValueError):
+    """The genes of a data set do not fit those of a model."""
+
+
+class MissingKeyError(CellstillError, KeyError):
+    """A key is absent from ``obs``, ``obsm`` or ``layers``."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would quote the sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class NotTrainedError(CellstillError, RuntimeError):
+    """The model has to be trained before this call."""
+
+
+class TrainingError(CellstillError, RuntimeError):
+    """Training stopped because its loss was no longer finite."""
+
+
+class StoreError(CellstillError, OSError):
+    """A file or folder cannot be written, or does not hold what it should."""
+
+
+class OptionalDependencyError(CellstillError, ImportError):
+    """A feature needs a package of one of the optional extras."""
+
+
+class CellstillWarning(UserWarning):
+    """Something works, but its user should know about it."""
+
+
+def check_option(argument: str, value: object, known: Iterable[str]) -> None:
+    """Raise unless ``value`` is one of ``known``, naming the argument and listing what is known."""
+    known = list(known)
+    if value not in known:
+        options = ", ".join(repr(option) for option in known)
+        raise InvalidArgumentError(f"{argument}={value!r} is not known. Use one of: {options}.")
+
+
+def check_key(argument: str, key: object, container: str, existing: Iterable[str]) -> None:
+    """Raise unless ``key`` is in ``existing``, naming the container and listing the keys that exist."""
+    existing = [str(name) for name in existing]
+    if key not in existing:
+        found = ", ".join(repr(name) for name in existing) if existing else "no keys at all"
+        raise MissingKeyError(f"{argument}={key!r} is not in {container}. {container} has: {found}.")
+
+
+def optional_dependency(package: str, extra: str, purpose: str) -> OptionalDependencyError:
+    """Build the error for a missing optional package."""
+    return OptionalDependencyError(
+        f"{purpose} needs the package {package!r}, which is not installed. Run: pip install 'cellstill[{extra}]'."
+    )
