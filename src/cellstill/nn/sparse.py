@@ -1,0 +1,65 @@
+"""A minibatch of CSR rows on the device of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class CSRRows(NamedTuple):
+    """Rows of a count matrix.
+
+    Attributes
+    ----------
+    data
+        Non-zeros, float32, shape ``(nnz,)``.
+    indices
+        Genes of the non-zeros, int64, shape ``(nnz,)``.
+    indptr
+        Where each row starts in ``data``, int64, shape ``(n + 1,)``.
+    n_vars
+        Number of genes.
+    """
+
+    data: torch.Tensor
+    indices: torch.Tensor
+    indptr: torch.Tensor
+    n_vars: int
+
+    @classmethod
+    def of(cls, batch: Mapping[str, torch.Tensor], n_vars: int) -> CSRRows:
+        """Take the rows out of a minibatch of :class:`~cellstill.data.CountsLoader`."""
+        return cls(batch["data"], batch["indices"], batch["indptr"], n_vars)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of cells."""
+        return len(self.indptr) - 1
+
+    def row_of_nonzeros(self) -> torch.Tensor:
+        """Return the row of each non-zero, shape ``(nnz,)``."""
+        rows = torch.arange(self.n_rows, device=self.data.device)
+        return torch.repeat_interleave(rows, self.indptr.diff(), output_size=len(self.data))
+
+    def sum_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a value per non-zero over each row, shape ``(n,)``."""
+        return torch.segment_reduce(values, "sum", offsets=self.indptr, unsafe=True)
+
+    def library_size(self) -> torch.Tensor:
+        """Total count of each cell, shape ``(n,)``."""
+        return self.sum_rows(self.data)
+
+    def log2_cpm(self) -> CSRRows:
+        """``log2(1 + 1e6 x / library size)``, computed on the non-zeros; zeros stay zero."""
+        scale = (1e6 / self.library_size().clamp(min=1e-12)).repeat_interleave(
+            self.indptr.diff(), output_size=len(self.data)
+        )
+        return self._replace(data=torch.log1p(self.data * scale) / 0.6931471805599453)
+
+    def to_dense(self) -> torch.Tensor:
+        """Fill a dense tensor, shape ``(n, n_vars)``."""
+        dense = self.data.new_zeros(self.n_rows, self.n_vars)
+        dense[self.row_of_nonzeros(), self.indices] = self.data
+        return dense
