@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+
+class Contrast(NamedTuple):
+    """The comparison made: ``group1`` over ``group2``, two values of the column ``column`` of ``obs``."""
+
+    column: str
+    group1: str
+    group2: str
+
+    def __str__(self) -> str:
+        return f"{self.column}: {self.group1} over {self.group2}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DEResult:
+    """One comparison, gene by gene, with what is needed to defend it.
+
+    Attributes
+    ----------
+    table
+        One row per gene, in the order of the genes given. Fold changes are log2 of group1 over group2.
+        ``is_de`` marks the genes called, ``direction`` is ``"up"`` or ``"down"`` for those and ``"none"`` for all
+        others. Pseudobulk: ``gene, base_mean, lfc, lfc_se, p_value, fdr, is_de, direction``; a gene that could not be
+        tested keeps its row, with NaN for what is unknown. Bayesian:
+        ``gene, lfc_mean, ci_low, ci_high, prob_de, fdr, is_de, direction``.
+    contrast
+        Column and the two groups.
+    design
+        The model of the mean in the names of ``obs``, such as ``"~ batch + condition"``; a term that could not be
+        told from the others is not in it, and ``notes`` says why.
+    method
+        ``"deseq2"`` or ``"bayesian"``.
+    units
+        One row per replicate: sample, group, the design's other columns, and ``n_cells``.
+    left_out
+        The samples that were not used: sample, group, ``n_cells``, ``reason``.
+    params
+        The configuration it was made with.
+    notes
+        What the method changed or could not do, in sentences.
+    """
+
+    table: pd.DataFrame
+    contrast: Contrast
+    design: str
+    method: str
+    units: pd.DataFrame
+    left_out: pd.DataFrame
+    params: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def de_genes(self) -> list[str]:
+        """Names of the genes called, most certain first."""
+        called = self.table[self.table["is_de"]]
+        if "prob_de" in called:
+            return called.sort_values("prob_de", ascending=False, kind="stable")["gene"].tolist()
+        return called.sort_values("p_value", kind="stable")["gene"].tolist()
+
+    @property
+    def n_samples(self) -> dict[str, int]:
+        """Replicates of each group."""
+        return {group: int((self._groups == group).sum()) for group in self.contrast[1:]}
+
+    @property
+    def n_cells(self) -> dict[str, int]:
+        """Cells of each group, in the replicates used."""
+        return {group: int(self.units["n_cells"][self._groups == group].sum()) for group in self.contrast[1:]}
+
+    @property
+    def _groups(self) -> pd.Series:
+        return self.units[self.contrast.column]
+
+    def __repr__(self) -> str:
+        table, samples, cells = self.table, self.n_samples, self.n_cells
+        up, down = ((table["direction"] == way).sum() for way in ("up", "down"))
+        counts = " vs ".join(f"{samples[group]} ({cells[group]:,} cells)" for group in self.contrast[1:])
+        tested = int(table["fdr"].notna().sum())
+        lines = [
+            f"DEResult: {self.contrast} ({self.method})",
+            f"  design   {self.design}",
+            f"  samples  {counts}" + (f"; {len(self.left_out)} left out" if len(self.left_out) else ""),
+            f"  genes    {len(table):,}, {tested:,} with an FDR; "
+            f"{up + down:,} DE at FDR {self.params.get('fdr', np.nan):g}: {up:,} up, {down:,} down",
+        ]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def direction(lfc: np.ndarray, is_de: np.ndarray) -> np.ndarray:
+    """``"up"`` or ``"down"`` where ``is_de``, ``"none"`` elsewhere."""
+    return np.where(is_de, np.where(lfc > 0, "up", "down"), "none")

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from cellstill.de.posterior import expected_fdr, moderate_variances, prob_effect
+
+
+@pytest.mark.parametrize("prior_df", [4.0, 15.0])
+def test_moderation_finds_the_prior_it_was_drawn_from(prior_df):
+    rng = np.random.default_rng(0)
+    df, scale = 6, 0.3
+    true = scale * prior_df / rng.chisquare(prior_df, 20_000)
+    variances = true * rng.chisquare(df, true.shape) / df
+    moderated, total_df = moderate_variances(variances, df)
+    assert total_df - df == pytest.approx(prior_df, rel=0.1)
+    oracle = (prior_df * scale + df * variances) / (prior_df + df)
+    np.testing.assert_allclose(moderated, oracle, rtol=0.1)
+    assert np.log(moderated / true).var() < 0.7 * np.log(variances / true).var()
+
+
+def test_genes_of_one_variance_share_it():
+    rng = np.random.default_rng(0)
+    # Equal steps of probability vary a little less than a sample would, so no variance between genes is left.
+    variances = 2.0 * stats.chi2.ppf((np.arange(500) + 0.5) / 500, 4) / 4
+    moderated, total_df = moderate_variances(rng.permutation(variances), 4)
+    assert total_df == 1e6
+    np.testing.assert_allclose(moderated, 2.0, rtol=0.02)
+
+
+def test_a_gene_without_variation_is_moderated_upwards():
+    variances = np.append(0.0, 0.5 * np.random.default_rng(0).chisquare(3, 300) / 3)
+    moderated, _ = moderate_variances(variances, 3)
+    assert np.isfinite(moderated).all()
+    assert 0 < moderated[0] <= moderated[1:].min()
+
+
+def test_one_gene_and_constant_genes_do_not_break():
+    assert np.isfinite(moderate_variances(np.array([0.3]), 2)[0]).all()
+    moderated, df = moderate_variances(np.zeros(5), 2)
+    assert (moderated > 0).all()
+    prob = prob_effect(np.zeros(5), np.sqrt(moderated), df, 0.1)
+    assert (prob < 0.5).all()
+
+
+def test_probabilities_are_calibrated_where_the_prior_is_known():
+    """Of the genes given a probability, that share has the effect."""
+    rng = np.random.default_rng(1)
+    true = np.where(rng.random(20_000) < 0.2, rng.normal(0, 1, 20_000), 0.0)
+    scale = rng.uniform(0.15, 0.6, true.shape)
+    prob = prob_effect(rng.normal(true, scale), scale, 1e6, 0.25)
+    has_effect = np.abs(true) > 0.25
+    for low, high in ((0.05, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.0)):
+        within = (prob >= low) & (prob < high)
+        tolerance = 4 * np.sqrt(0.25 / within.sum()) + 0.01
+        assert has_effect[within].mean() == pytest.approx(prob[within].mean(), abs=tolerance)
+
+
+def test_probability_equals_the_integral_over_the_estimated_prior():
+    """With all effects normal the prior is one normal, and the posterior is in closed form."""
+    rng = np.random.default_rng(2)
+    true = rng.normal(0, 1.0, 8_000)
+    scale = np.full(true.shape, 0.5)
+    loc = rng.normal(true, scale)
+    prob = prob_effect(loc, scale, 1e6, 0.5)
+    for gene in range(0, 40, 4):
+        density = lambda effect, gene=gene: stats.norm.pdf(loc[gene], effect, 0.5) * stats.norm.pdf(effect)  # noqa: E731
+        oracle = 1 - integrate.quad(density, -0.5, 0.5)[0] / integrate.quad(density, -10, 10)[0]
+        assert prob[gene] == pytest.approx(oracle, abs=0.08)
+
+
+def test_a_gene_known_badly_is_not_called():
+    rng = np.random.default_rng(3)
+    loc, scale = rng.normal(0, 0.1, 500), np.full(500, 0.1)
+    loc[0], scale[0] = 3.0, 3.0
+    flat = stats.norm.sf(0.25, 3.0, 3.0) + stats.norm.cdf(-0.25, 3.0, 3.0)
+    assert flat > 0.9
+    assert prob_effect(loc, scale, 20, 0.25)[0] < 0.2
+
+
+def small_and_large(rng):
+    return rng.choice([-1, 1], 2000) * (0.3 + rng.exponential(0.7, 2000))
+
+
+def large_only(rng):
+    return rng.choice([-1, 1], 2000) * rng.uniform(1.0, 2.5, 2000)
+
+
+def upward_only(rng):
+    return rng.normal(1.2, 0.2, 2000)
+
+
+@pytest.mark.parametrize("effects", [small_and_large, large_only, upward_only])
+@pytest.mark.parametrize(("n_donors", "share"), [(2, 0.1), (3, 0.0), (4, 0.1), (4, 0.3), (8, 0.1)])
+@pytest.mark.parametrize("delta", [0.0, 0.25])
+def test_the_called_set_keeps_its_expected_fdr(effects, n_donors, share, delta):
+    rng = np.random.default_rng(4)
+    n_false, n_called = 0, 0
+    for _ in range(4):
+        sd = np.sqrt(0.06 * 6 / rng.chisquare(6, 2000))[:, None]
+        true = np.where(rng.random(2000) < share, effects(rng), 0.0)
+        treated, control = rng.normal(true[:, None], sd, (2000, n_donors)), rng.normal(0, sd, (2000, n_donors))
+        df = 2 * n_donors - 2
+        pooled = (treated.var(axis=1, ddof=1) + control.var(axis=1, ddof=1)) / 2
+        moderated, total_df = moderate_variances(pooled, df)
+        loc, scale = treated.mean(axis=1) - control.mean(axis=1), np.sqrt(moderated * 2 / n_donors)
+        called = expected_fdr(prob_effect(loc, scale, total_df, delta)) <= 0.05
+        n_called += called.sum()
+        n_false += (called & ~(np.abs(true) > delta)).sum()
+    if share == 0:
+        assert n_called <= 2
+    else:
+        assert n_called > 20 * n_donors
+        assert n_false / n_called < 0.05 + 2 * np.sqrt(0.05 * 0.95 / n_called)
+
+
+def test_expected_fdr_equals_a_loop_with_ties():
+    prob = np.array([0.9, 1.0, 0.5, 0.9, 0.0, 0.7, 0.9, 1.0])
+    oracle = [np.mean([1 - other for other in prob if other >= own]) for own in prob]
+    np.testing.assert_allclose(expected_fdr(prob), oracle)
