@@ -1,0 +1,151 @@
+"""The two phases: imitate the teacher, then explain the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellstill.data.covariates import CovariateDesign
+from cellstill.data.loader import CountsLoader, split_cells
+from cellstill.data.pca import PCAMethod, fit_pca
+from cellstill.distill.cells import Cells
+from cellstill.distill.fitted import Fitted, build_networks
+from cellstill.teachers import Teacher, TeacherInput
+from cellstill.train.fit import fit, seeded
+
+_EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of :meth:`Distiller.train`, documented there."""
+
+    n_epochs_encoder: int
+    n_epochs_decoder: int
+    lr: float
+    batch_size: int
+    train_size: float
+    validation_size: float | None
+    patience: int | None
+    weight_decay: float
+    accelerator: str
+    progress: bool
+    seed: int
+
+
+def distill(
+    cells: Cells,
+    *,
+    genes: list[str],
+    batch_names: list[str],
+    labels: list[str] | None,
+    design: CovariateDesign,
+    obsm: Mapping[str, Any],
+    teacher: Teacher,
+    pca_method: PCAMethod,
+    n_latent: int,
+    network: Mapping[str, Any],
+    settings: TrainingSettings,
+) -> tuple[Fitted, dict[str, pd.DataFrame]]:
+    """Run the teacher and train its student.
+
+    Returns
+    -------
+    The trained model, and the losses of both phases per epoch.
+    """
+    pca = fit_pca(cells.counts, n_latent, method=pca_method, seed=settings.seed)
+    components = pca.transform(cells.counts)
+    lesson = teacher.teach(
+        TeacherInput(pca=components, batch=cells.batch, obs=cells.obs, design=design, obsm=obsm, seed=settings.seed)
+    )
+    center, scale = lesson.embedding.mean(axis=0), lesson.embedding.std(axis=0)
+    scale[scale < 1e-6 * max(float(scale.max()), 1e-12)] = 1.0
+    target = (lesson.embedding - center) / scale
+
+    train, validation, test = split_cells(len(cells), settings.train_size, settings.validation_size, seed=settings.seed)
+    train, validation, test = _with_every_batch(cells.batch, train, validation, test)
+    if teacher.info.in_pca_space:
+        weight, bias = np.diag(1 / scale), -center / scale
+    else:
+        weight, bias = _ridge(components[train], target[train])
+
+    with seeded(settings.seed, settings.accelerator):
+        encoder, decoder = build_networks(
+            weight=weight,
+            bias=bias,
+            n_batches=len(batch_names),
+            n_covariates=design.n_columns,
+            gene_fraction=pca.gene_fraction,
+            **network,
+        )
+        common: dict[str, Any] = {
+            "lr": settings.lr,
+            "weight_decay": settings.weight_decay,
+            "patience": settings.patience,
+            "accelerator": settings.accelerator,
+            "progress": settings.progress,
+        }
+        loaders = _loaders(cells, {"pca": components, "target": target}, train, validation, settings)
+        history = {"encoder": fit(encoder, *loaders, max_epochs=settings.n_epochs_encoder, **common)}
+        fitted = Fitted(
+            pca=pca,
+            encoder=encoder.requires_grad_(False),
+            decoder=decoder,
+            center=center,
+            scale=scale,
+            teacher_latent=lesson.embedding,
+            student_latent=np.empty((0, len(center)), dtype=np.float32),
+            obs_names=[str(name) for name in cells.obs.index],
+            genes=genes,
+            batch_names=batch_names,
+            design=design,
+            labels=labels,
+            splits={"train": train, "validation": validation, "test": test},
+            usual_misfit=np.empty(0),
+            record=lesson.record,
+        )
+        # The encoder is frozen now: each cell is encoded once, not once per epoch.
+        latent = fitted.encode(cells)
+        fitted.student_latent = fitted.to_teacher(latent)
+        per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
+        loaders = _loaders(cells, per_cell, train, validation, settings)
+        history["decoder"] = fit(decoder, *loaders, max_epochs=settings.n_epochs_decoder, **common)
+    decoder.requires_grad_(False)
+    held_out = np.concatenate([validation, test]) if len(train) < len(cells) else train
+    fitted.usual_misfit = np.sort(fitted.misfit(cells[held_out], latent[held_out]))
+    return fitted, history
+
+
+def _with_every_batch(batch: np.ndarray, train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Move the first cell of each batch that is not trained on into training: its embedding has to be learned."""
+    absent = np.setdiff1d(batch, batch[train])
+    moved = np.array([np.flatnonzero(batch == code)[0] for code in absent], dtype=train.dtype)
+    return np.sort(np.concatenate([train, moved])), *(np.setdiff1d(other, moved) for other in others)
+
+
+def _loaders(
+    cells: Cells,
+    per_cell: Mapping[str, np.ndarray],
+    train: np.ndarray,
+    validation: np.ndarray,
+    settings: TrainingSettings,
+) -> tuple[CountsLoader, CountsLoader | None]:
+    loader = CountsLoader(
+        cells.counts, per_cell, indices=train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed
+    )
+    if len(validation) == 0:
+        return loader, None
+    return loader, CountsLoader(cells.counts, per_cell, indices=validation, batch_size=_EVALUATION_BATCH)
+
+
+def _ridge(components: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Linear map from principal components to a teacher that has coordinates of its own."""
+    from sklearn.linear_model import Ridge
+
+    scale = components.std(axis=0)
+    model = Ridge(alpha=1.0).fit(components / scale, target)
+    return model.coef_.T / scale[:, None], model.intercept_
