@@ -1,0 +1,47 @@
+"""Messages of the library, in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+
+_OPTIONS = {
+    "accelerator": "--accelerator",
+    "allow_noninteger": "--allow-noninteger",
+    "batch_key": "--batch-key",
+    "covariate_keys": "--covariate-key",
+    "labels_key": "--label-key",
+    "layer": "--layer",
+    "n_latent": "--n-latent",
+    "obsm_key": "--obsm-key",
+    "overwrite": "--overwrite",
+    "pca_method": "--pca-method",
+    "target_batch": "--target-batch",
+    "teacher": "--teacher",
+}
+_ASSIGNED = re.compile(rf"\b({'|'.join(_OPTIONS)})=('[^']*'|\[[^\]]*\]|\.\.\.|[\w.]+)")
+_NAMED = re.compile(rf"(?<![\w'\"\[.-])({'|'.join(name for name in _OPTIONS if '_' in name)})(?=[: ])")
+_PHRASES = {
+    "overwrite=True (--overwrite)": "--overwrite",
+    "choose it with layer=None": "leave --layer out",
+    "Raise max_iter of HarmonyTeacher to go on": "To go on, raise it: --teacher-setting max_iter=30",
+}
+
+_SETTING = re.compile(r"setting of teacher '(\w+)'='(\w+)'")
+
+
+def in_options(message: str) -> str:
+    """Name options instead of Python arguments: ``batch_key='donor'`` becomes ``--batch-key donor``."""
+    for phrase, words in _PHRASES.items():
+        message = message.replace(phrase, words)
+    message = _SETTING.sub(r"--teacher-setting \2 of \1", message)
+    return _NAMED.sub(lambda match: _OPTIONS[match[1]], _ASSIGNED.sub(_assigned, message))
+
+
+def _assigned(match: re.Match[str]) -> str:
+    option, value = _OPTIONS[match[1]], match[2]
+    if value == "True":
+        return option
+    if value == "...":
+        return f"{option} NAME"
+    plain = value[1:-1] if value.startswith("'") else value
+    return f"{option} {plain}" if re.fullmatch(r"[\w.]+", plain) else f"{option} {value}"

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from cellstill.cli import _wording
+from cellstill.cli.app import app
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("batch_key='donor' is not in adata.obs.", "--batch-key donor is not in adata.obs."),
+        ("batch_key='my donor' is not", "--batch-key 'my donor' is not"),
+        ("consider pca_method='pearson_residuals'.", "consider --pca-method pearson_residuals."),
+        ("choose with layer=...", "choose with --layer NAME"),
+        ("adata.X looks like counts: choose it with layer=None.", "adata.X looks like counts: leave --layer out."),
+        ("Pass allow_noninteger=True only", "Pass --allow-noninteger only"),
+        ("pass overwrite=True (--overwrite) to", "pass --overwrite to"),
+        ("n_latent=50 components", "--n-latent 50 components"),
+        ("covariate_keys: obs['a'] has", "--covariate-key: obs['a'] has"),
+        ("covariate_keys=['a', 'b']: the teacher", "--covariate-key ['a', 'b']: the teacher"),
+        ("setting of teacher 'harmony'='foo' is not known", "--teacher-setting foo of harmony is not known"),
+        (
+            "The teacher 'latent' is a layer of adata.layers['layer']",
+            "The teacher 'latent' is a layer of adata.layers['layer']",
+        ),
+        ("adata.obs['batch_key'] is", "adata.obs['batch_key'] is"),
+    ],
+)
+def test_python_arguments_become_options(message, words):
+    assert _wording.in_options(message) == words
+
+
+def test_every_option_named_exists():
+    text = re.sub(r"\s+", " ", CliRunner().invoke(app, ["integrate", "--help"], env={"COLUMNS": "200"}).output)
+    for option in [*_wording._OPTIONS.values(), "--teacher-setting"]:
+        assert f" {option} " in text
