@@ -1,0 +1,93 @@
+"""One yardstick for all methods: cellstill.metrics, and what is left of the condition."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from cellstill.data.pca import PCAMethod, fit_pca
+from cellstill.metrics import integration_table, knn_accuracy
+
+_FEWEST_CELLS = 50
+
+
+def score(
+    embedding: np.ndarray, obs: pd.DataFrame, batch_key: str, labels_key: str, condition_key: str | None
+) -> dict[str, Any]:
+    """Score one embedding: mixing, purity, accuracy across batches, clusters and, if there is one, the condition."""
+    table = integration_table({"": embedding}, obs[batch_key], obs[labels_key])
+    scores: dict[str, Any] = {str(name): float(value) for name, value in table.iloc[0].items()}
+    scores["ilisi_of_ceiling"] = scores["ilisi"] / scores["ilisi_ceiling"]
+    if condition_key is not None:
+        scores["condition_knn"] = knn_accuracy(embedding, obs[condition_key])
+        scores["condition_knn_in_types"] = accuracy_within(embedding, obs[condition_key], obs[labels_key])
+    return scores
+
+
+def accuracy_within(embedding: np.ndarray, condition: pd.Series, labels: pd.Series) -> float:
+    """Accuracy (kNN) of the condition among the cells of a label, mean over cells; rare labels are left out."""
+    values, sizes = [], []
+    for label in labels.unique():
+        cells = (labels == label).to_numpy()
+        if cells.sum() >= _FEWEST_CELLS:
+            values.append(knn_accuracy(embedding[cells], condition[cells]))
+            sizes.append(cells.sum())
+    return float(np.average(values, weights=sizes))
+
+
+def without_batches(counts: Any, same_cells: Any, *, method: str = "standard", seed: int = 0) -> np.ndarray:
+    """Principal coordinates, fitted to ``counts``, of the same cells simulated without batch effect."""
+    return fit_pca(counts, 50, method=cast(PCAMethod, method), seed=seed).transform(same_cells)
+
+
+def condition_direction(embedding: np.ndarray, truth: np.ndarray, obs: pd.DataFrame) -> dict[str, float]:
+    """Compare the shift from control to treated cells, type by type, with the same shift without batch effect.
+
+    Returns
+    -------
+    Means over cell types: ``direction_cosine``; ``direction_slope``, the shift along the true one (1 is all of it);
+    ``direction_error``, the length of what is wrong relative to the true shift.
+    """
+    cosine, slope, error = [], [], []
+    for label in obs["cell_type"].unique():
+        found, true = (_shift(points, obs, label) for points in (embedding, truth))
+        cosine.append(found @ true / np.linalg.norm(found) / np.linalg.norm(true))
+        slope.append(found @ true / (true @ true))
+        error.append(np.linalg.norm(found - true) / np.linalg.norm(true))
+    return {
+        "direction_cosine": float(np.mean(cosine)),
+        "direction_slope": float(np.mean(slope)),
+        "direction_error": float(np.mean(error)),
+    }
+
+
+def oracle(embedding: np.ndarray, batch: pd.Series, labels: pd.Series, *, rescale: bool) -> np.ndarray:
+    """Move each label of each batch onto the label's common mean, using the true labels.
+
+    No correction by shifts within groups can do better than this one. ``rescale`` also gives each dimension of each
+    group the label's common standard deviation.
+    """
+    frame = pd.DataFrame(np.asarray(embedding, dtype=np.float64))
+    label = labels.astype(str).to_numpy()
+    groups = frame.groupby([label, batch.astype(str).to_numpy()])
+    centred = frame - groups.transform("mean")
+    if rescale:
+        common = np.sqrt((centred**2).groupby(label).transform("mean"))
+        centred *= common / groups.transform("std", ddof=0)
+    return (centred + frame.groupby(label).transform("mean")).to_numpy()
+
+
+def standardised_cells(embedding: np.ndarray) -> np.ndarray:
+    """Give every cell mean 0 and standard deviation 1 over its dimensions, as scdistill does to its teacher.
+
+    What is dropped is the distance from the origin, in which cells of different depth differ.
+    """
+    return (embedding - embedding.mean(axis=1, keepdims=True)) / embedding.std(axis=1, keepdims=True)
+
+
+def _shift(points: np.ndarray, obs: pd.DataFrame, label: str) -> np.ndarray:
+    cells = obs["cell_type"] == label
+    treated, control = (points[(cells & (obs["condition"] == name)).to_numpy()] for name in ("treat", "ctrl"))
+    return treated.mean(axis=0) - control.mean(axis=0)
