@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +65,6 @@ def integrate(cellstill, real_data, tmp_path_factory):
         summary = json.loads((folder / "summary.json").read_text())
         return Run(source, folder, process.stdout, process.stderr, summary)
 
-    # On a fresh machine the first UMAP compiles, which takes memory that is not the run's; the result is cached.
-    warm = "import numpy as np; from cellstill.pl import umap_coordinates; umap_coordinates(np.random.rand(60, 5))"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", warm], check=True, capture_output=True, timeout=300)
     with ThreadPoolExecutor(max_workers=2) as pool:
         runs = {name: pool.submit(run, name) for name in RUNS}
     return lambda name: runs[name].result()
