@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from cellstill._compat.harmony import run_harmony
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 from cellstill.teachers.base import Teacher, TeacherInfo, TeacherInput, TeacherOutput
 
@@ -66,35 +66,30 @@ class HarmonyTeacher(Teacher):
     )
 
     def _teach(self, inputs: TeacherInput) -> TeacherOutput:
-        n_obs, n_comps = inputs.pca.shape
+        n_obs = len(inputs.pca)
         if self.max_iter < 1:
             raise InvalidArgumentError(f"max_iter={self.max_iter} of HarmonyTeacher must be at least 1.")
         variables = {"batch": inputs.batch}
         for key in inputs.design.levels:
             variables[f"covariate {key}"] = inputs.obs[key].astype(str).to_numpy()
-        result = _run_harmony(
+        result = run_harmony(
             inputs.pca,
             variables,
+            n_clusters=self.n_clusters or int(np.clip(round(n_obs / 30), 1, 100)),
             theta=self.theta,
             sigma=self.sigma,
-            nclust=self.n_clusters or int(np.clip(round(n_obs / 30), 1, 100)),
-            max_iter_harmony=self.max_iter,
-            epsilon_harmony=self.tol,
             alpha=self.alpha,
-            random_state=inputs.seed,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            seed=inputs.seed,
         )
-        corrected = result.Z_corr
-        if corrected.shape != (n_obs, n_comps):
-            raise InvalidArgumentError(
-                f"harmonypy returned shape {corrected.shape} for {n_obs} cells x {n_comps} components. "
-                "cellstill needs harmonypy >= 2.1."
-            )
+        corrected = result.corrected
         if inputs.design.keys:
             batch = np.eye(inputs.batch.max() + 1)[inputs.batch]
             covariates = inputs.design.encode(inputs.obs)
-            corrected = subtract_batch(inputs.pca, result.R, batch, covariates, alpha=self.alpha)
+            corrected = subtract_batch(inputs.pca, result.memberships, batch, covariates, alpha=self.alpha)
 
-        objective = np.asarray(result.objective_harmony, dtype=np.float64)
+        objective = result.objective
         n_iter = len(objective) - 1
         change = abs(objective[-2] - objective[-1]) / abs(objective[-2])
         converged = bool(change < self.tol)
@@ -110,7 +105,7 @@ class HarmonyTeacher(Teacher):
             "converged": converged,
             "stopped_by": "tol" if converged else "max_iter",
             "last_relative_change": float(change),
-            "n_clusters": int(result.K),
+            "n_clusters": result.memberships.shape[1],
         }
         return TeacherOutput(corrected, record)
 
@@ -148,18 +143,3 @@ def subtract_batch(
         weights = np.linalg.solve(design.T @ weighted + np.diag(penalty), weighted.T @ embedding)
         corrected -= weighted[:, batch_columns] @ weights[batch_columns]
     return corrected
-
-
-def _run_harmony(pca: np.ndarray, variables: dict[str, np.ndarray], **settings: Any) -> Any:
-    import harmonypy
-    import pandas as pd
-
-    logger = logging.getLogger("harmonypy")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        return harmonypy.run_harmony(
-            np.asarray(pca, dtype=np.float64), pd.DataFrame(variables), list(variables), verbose=False, **settings
-        )
-    finally:
-        logger.setLevel(level)
