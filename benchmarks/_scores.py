@@ -42,8 +42,13 @@ def without_batches(counts: Any, same_cells: Any, *, method: str = "standard", s
     return fit_pca(counts, 50, method=cast(PCAMethod, method), seed=seed).transform(same_cells)
 
 
-def condition_direction(embedding: np.ndarray, truth: np.ndarray, obs: pd.DataFrame) -> dict[str, float]:
+def condition_direction(
+    embedding: np.ndarray, truth: np.ndarray, obs: pd.DataFrame, *, within_batches: bool = False
+) -> dict[str, float]:
     """Compare the shift from control to treated cells, type by type, with the same shift without batch effect.
+
+    ``within_batches`` takes the shift of ``embedding`` by least squares on type, batch and condition: the mean of the
+    shifts within the batches, weighted by what they tell.
 
     Returns
     -------
@@ -51,8 +56,10 @@ def condition_direction(embedding: np.ndarray, truth: np.ndarray, obs: pd.DataFr
     ``direction_error``, the length of what is wrong relative to the true shift.
     """
     cosine, slope, error = [], [], []
-    for label in obs["cell_type"].unique():
-        found, true = (_shift(points, obs, label) for points in (embedding, truth))
+    for cells in obs.groupby("cell_type", observed=True).indices.values():
+        true = _shift(truth[cells], obs.iloc[cells])
+        batches = obs["batch"].iloc[cells].to_numpy() if within_batches else np.zeros(len(cells))
+        found = _shift(embedding[cells], obs.iloc[cells], batches)
         cosine.append(found @ true / np.linalg.norm(found) / np.linalg.norm(true))
         slope.append(found @ true / (true @ true))
         error.append(np.linalg.norm(found - true) / np.linalg.norm(true))
@@ -87,7 +94,14 @@ def standardised_cells(embedding: np.ndarray) -> np.ndarray:
     return (embedding - embedding.mean(axis=1, keepdims=True)) / embedding.std(axis=1, keepdims=True)
 
 
-def _shift(points: np.ndarray, obs: pd.DataFrame, label: str) -> np.ndarray:
-    cells = obs["cell_type"] == label
-    treated, control = (points[(cells & (obs["condition"] == name)).to_numpy()] for name in ("treat", "ctrl"))
-    return treated.mean(axis=0) - control.mean(axis=0)
+def _shift(points: np.ndarray, obs: pd.DataFrame, batches: np.ndarray | None = None) -> np.ndarray:
+    """Mean shift from control to treated cells, at equal batch."""
+    treated = (obs["condition"] == "treat").to_numpy()
+    batches = np.zeros(len(points)) if batches is None else batches
+    shifts, weights = [], []
+    for batch in np.unique(batches):
+        first, second = points[(batches == batch) & treated], points[(batches == batch) & ~treated]
+        if len(first) and len(second):
+            shifts.append(first.mean(axis=0) - second.mean(axis=0))
+            weights.append(len(first) * len(second) / (len(first) + len(second)))
+    return np.average(shifts, axis=0, weights=weights)

@@ -232,6 +232,10 @@ def protection(options: Options) -> Section:
                     row["knn_from_truth"] = abs(row["condition_knn_in_types"] - kept)
                     row["slope_off_one"] = abs(row["direction_slope"] - 1)
                     runs.append({"treated": treated, "method": label, "pca_method": pca_method, "seed": seed, **row})
+                for label in ("truth: no batch effect", "PCA"):
+                    row = condition_direction(embeddings[label], truth, adata.obs, within_batches=True)
+                    method = f"{label}, within batches"
+                    runs.append({"treated": treated, "method": method, "pca_method": pca_method, "seed": seed, **row})
     section.rows = median_rows(runs, ["treated", "method", "pca_method"])
     for treated in dict.fromkeys(row["treated"] for row in section.rows):
         for pca_method in (STANDARD, PEARSON):
