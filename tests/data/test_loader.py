@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
+from cellstill.data import resident
 from cellstill.data.loader import CountsLoader, split_cells
 from cellstill.errors import InvalidArgumentError
 
@@ -18,6 +23,13 @@ def dense(batch, n_vars: int = 20) -> np.ndarray:
         (batch["data"].numpy(), batch["indices"].numpy(), batch["indptr"].numpy()),
         shape=(len(batch["indptr"]) - 1, n_vars),
     ).toarray()
+
+
+def with_integers(counts: sp.csr_matrix, dtype: type) -> sp.csr_matrix:
+    """The same matrix, its indices in another integer type, which the constructor would narrow."""
+    counts = counts.copy()
+    counts.indices, counts.indptr = counts.indices.astype(dtype), counts.indptr.astype(dtype)
+    return counts
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 50, 100, 101, 500])
@@ -63,12 +75,16 @@ def test_only_the_chosen_cells_are_visited(counts):
     np.testing.assert_array_equal(dense(batch), counts.toarray()[chosen])
 
 
-def test_integers_stay_integers_and_the_rest_are_float32(counts):
-    batch = next(iter(CountsLoader(counts, {"code": np.zeros(101, np.int16), "z": np.zeros((101, 2))})))
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_integers_stay_integers_and_the_rest_are_float32(counts, integer, device):
+    counts = with_integers(counts, integer)
+    per_cell = {"code": np.zeros(101, np.int16), "z": np.zeros((101, 2))}
+    batch = next(iter(CountsLoader(counts, per_cell, device=device)))
     assert {name: str(tensor.dtype) for name, tensor in batch.items()} == {
         "data": "torch.float32",
-        "indices": "torch.int64",
-        "indptr": "torch.int64",
+        "indices": f"torch.{np.dtype(integer)}",
+        "indptr": f"torch.{np.dtype(integer)}",
         "rows": "torch.int64",
         "code": "torch.int64",
         "z": "torch.float32",
@@ -80,8 +96,98 @@ def test_bad_arguments_are_named(counts):
         CountsLoader(counts, batch_size=0)
     with pytest.raises(InvalidArgumentError, match="indices is empty"):
         CountsLoader(counts, indices=np.array([], dtype=int))
+    with pytest.raises(InvalidArgumentError, match="prefetch=-1"):
+        CountsLoader(counts, prefetch=-1)
+    with pytest.raises(InvalidArgumentError, match="indices holds 101; the 101 cells have positions 0 to 100"):
+        CountsLoader(counts, indices=np.array([3, 101]))
+    with pytest.raises(InvalidArgumentError, match="indices holds -1"):
+        CountsLoader(counts).gather(np.array([-1]))
+    with pytest.raises(InvalidArgumentError, match=r"mask of shape \(100,\); 101 cells"):
+        CountsLoader(counts, indices=np.ones(100, dtype=bool))
     with pytest.raises(InvalidArgumentError, match=r"per_cell\['batch'\] has 3 rows for 101 cells"):
         CountsLoader(counts, {"batch": np.zeros(3)})
+
+
+def test_a_mask_chooses_cells(counts):
+    mask = np.arange(101) % 3 == 0
+    batch = next(iter(CountsLoader(counts, indices=mask)))
+    np.testing.assert_array_equal(batch["rows"], np.flatnonzero(mask))
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for name, tensor in batch.items():
+            assert tensor.dtype == other[name].dtype, name
+            assert torch.equal(tensor, other[name]), name
+
+
+PER_CELL = {"code": np.arange(101, dtype=np.int16), "z": np.random.default_rng(1).normal(size=(101, 2))}
+
+
+@pytest.mark.parametrize("how", [{"prefetch": 1}, {"prefetch": 3}, {"prefetch": 50}, {"device": "cpu"}])
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint16])
+def test_prefetched_and_resident_batches_are_those_of_the_plain_loader(counts, how, integer, dtype):
+    counts = with_integers(counts.astype(dtype), integer)
+    settings = {"batch_size": 10, "shuffle": True, "seed": 4, "indices": np.arange(3, 90)}
+    plain, other = (CountsLoader(counts, PER_CELL, **settings, **extra) for extra in ({"prefetch": 0}, how))
+    for _ in range(2):
+        assert_same(list(other), list(plain))
+    assert_same([other.gather(np.array([5, 5, 0]))], [plain.gather(np.array([5, 5, 0]))])
+
+
+def test_counts_that_do_not_fit_stay_on_the_host_and_yield_the_same(counts, monkeypatch):
+    monkeypatch.setattr(resident, "free_memory", lambda device: 2 * resident.n_bytes(counts) - 1)
+    loader = CountsLoader(counts, PER_CELL, batch_size=10, device="cpu")
+    assert not loader.is_resident
+    assert_same(list(loader), list(CountsLoader(counts, PER_CELL, batch_size=10)))
+    monkeypatch.setattr(resident, "free_memory", lambda device: 2 * resident.n_bytes(counts))
+    assert loader.to("cpu").is_resident
+    assert not loader.to(None).is_resident
+
+
+def test_loaders_of_the_same_counts_share_what_lives_on_the_device(counts):
+    first, second = (CountsLoader(counts, indices=[i], device="cpu") for i in range(2))
+    assert first._resident is second._resident
+    assert first._resident is not CountsLoader(counts.copy(), device="cpu")._resident
+    alive = weakref.ref(first._resident)
+    del first, second
+    gc.collect()
+    assert alive() is None
+
+
+def test_counts_that_cannot_be_written_to_are_read(counts):
+    counts = counts.astype(np.float32)
+    counts.data.setflags(write=False)
+    for device in (None, "cpu"):
+        np.testing.assert_array_equal(dense(next(iter(CountsLoader(counts, device=device)))), counts.toarray()[:128])
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"seed": 1}, False),
+        ({"batch_size": 11}, False),
+        ({"indices": np.arange(100)}, False),
+        ({"shuffle": False}, False),
+        ({"prefetch": 2}, True),
+    ],
+)
+def test_a_fingerprint_tells_what_is_yielded(counts, change, same):
+    settings = {"batch_size": 10, "shuffle": True}
+    first = CountsLoader(counts, PER_CELL, **settings).fingerprint()
+    assert (CountsLoader(counts.copy(), PER_CELL, **{**settings, **change}).fingerprint() == first) is same
+
+
+def test_a_fingerprint_sees_every_count_and_every_value(counts):
+    first = CountsLoader(counts, PER_CELL).fingerprint()
+    counts.data[-1] += 1
+    assert CountsLoader(counts, PER_CELL).fingerprint() != first
+    counts.data[-1] -= 1
+    assert CountsLoader(counts, {**PER_CELL, "code": PER_CELL["code"] + np.int16(1)}).fingerprint() != first
 
 
 @pytest.mark.parametrize(

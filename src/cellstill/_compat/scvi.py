@@ -98,6 +98,19 @@ def setup_args(registry: dict[str, Any]) -> dict[str, Any]:
     return dict(registry["setup_args"])
 
 
+def registered_arrays(manager: AnnDataManager) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the registered counts, as they are held, and every registered array of ``obs`` and ``obsm`` by its key.
+
+    Codes of categories have the shape ``(n_obs, 1)``, as models of scvi-tools expect them.
+    """
+    arrays = {
+        key: np.asarray(manager.get_from_registry(key))
+        for key, place in manager.data_registry.items()
+        if key != REGISTRY_KEYS.X_KEY and place["attr_name"] in ("obs", "obsm")
+    }
+    return manager.get_from_registry(REGISTRY_KEYS.X_KEY), arrays
+
+
 def category_registry(model_name: str, arguments: dict[str, Any], known: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Build the registry of a model that was saved: its set-up arguments and the codes of its categories.
 

@@ -99,7 +99,7 @@ def terminal(*, verbose: bool) -> Iterator[Terminal]:
     except _USAGE:
         raise
     except (KeyboardInterrupt, SystemExit) as stop:
-        code = _exit_code(stop)
+        code = stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT
         if code in _STOPPED:
             term.line("interrupted", "nothing was written.", "bold red")
         raise SystemExit(code) from None
@@ -113,14 +113,6 @@ def terminal(*, verbose: bool) -> Iterator[Terminal]:
             again = "" if verbose else " This is a fault of cellstill or of the data; run again with --verbose."
             term.line("error", f"{name}: {reason.rstrip('.')}.{again}", "bold red")
         raise typer.Exit(1) from None
-
-
-def _exit_code(stop: BaseException) -> Any:
-    """Exit code of an interruption; training hands a signal's SystemExit on as the cause of a KeyboardInterrupt."""
-    if isinstance(stop, SystemExit):
-        return stop.code
-    code = getattr(stop.__cause__, "code", None)
-    return code if code in _STOPPED else 128 + signal.SIGINT
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def run() -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    # Not KeyboardInterrupt: Lightning catches that one, and ends the process with another exit code.
+    # Not KeyboardInterrupt, which does not say which signal it was.
     raise SystemExit(128 + number)
 
 

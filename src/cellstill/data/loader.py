@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill._compat.scipy import take_rows
+from cellstill.data.ahead import default_prefetch, map_ahead
+from cellstill.data.resident import ResidentCounts, as_device, to_device
 from cellstill.errors import InvalidArgumentError
 
 
@@ -15,18 +20,18 @@ class CountsLoader:
     """Iterate over cells in minibatches of CSR rows.
 
     Each minibatch is a plain dictionary of tensors, so that Lightning moves it between devices by itself:
-    ``data`` (float32, non-zeros), ``indices`` (int64, their genes), ``indptr`` (int64, ``n + 1``), ``rows`` (int64,
-    the cells' positions in ``counts``), and one entry for each of ``per_cell``.
+    ``data`` (float32, non-zeros), ``indices`` (their genes) and ``indptr`` (``n + 1``), both in the integer type of
+    ``counts``, ``rows`` (int64, the cells' positions in ``counts``), and one entry for each of ``per_cell``.
 
     Parameters
     ----------
     counts
-        CSR matrix, shape ``(n_obs, n_vars)``, any numeric dtype. Never copied, never made dense.
+        CSR matrix, shape ``(n_obs, n_vars)``, any numeric dtype. Never made dense, and copied only to a ``device``.
     per_cell
         Arrays whose first axis is the cells: category codes, targets, cached embeddings. Rows are gathered with the
         counts. Integer arrays become int64, others float32.
     indices
-        Cells to visit; ``None`` visits all of them.
+        Cells to visit, as positions or a mask of all cells; ``None`` visits all of them.
     batch_size
         Cells in a minibatch. Larger batches use the machine better and take fewer, smoother steps.
         A last batch of a single cell is joined to the one before it, because nothing can be normalised over it.
@@ -34,11 +39,25 @@ class CountsLoader:
         Visit the cells in a new random order in each epoch, each exactly once; otherwise in the order given.
     seed
         Epoch ``e`` is shuffled by the generator seeded with ``(seed, e)``: the order does not depend on history.
+    prefetch
+        Minibatches that a background thread makes ahead of the one in use; 0 makes each when it is asked for. Larger
+        holds more of them in memory. ``None`` is 1 where the process may use a second CPU and torch a second thread,
+        else 0. The minibatches and their order are the same.
+    device
+        Device of the minibatches. Counts that fit live there, and rows are gathered there without the host waiting;
+        they fit if they take at most half of the free memory. Others are gathered on the host and sent. ``None``
+        leaves minibatches in the host's memory.
+
+    Attributes
+    ----------
+    epoch
+        Number of the next shuffled epoch. Set it to go on where another loader ended.
 
     Raises
     ------
     InvalidArgumentError
-        ``batch_size`` is below 1, there is no cell to visit, or an array of ``per_cell`` has another length.
+        ``batch_size`` is below 1, ``prefetch`` below 0, there is no cell to visit or one that does not exist, or an
+        array of ``per_cell`` has another length.
     """
 
     def __init__(
@@ -50,11 +69,15 @@ class CountsLoader:
         batch_size: int = 128,
         shuffle: bool = False,
         seed: int = 0,
+        prefetch: int | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         if batch_size < 1:
             raise InvalidArgumentError(f"batch_size={batch_size} is below 1.")
+        if prefetch is not None and prefetch < 0:
+            raise InvalidArgumentError(f"prefetch={prefetch} is below 0. Use 0 for no minibatch ahead.")
         n_obs = counts.shape[0]
-        self.cells = np.arange(n_obs) if indices is None else np.asarray(indices, dtype=np.int64)
+        self.cells = np.arange(n_obs) if indices is None else _positions(indices, n_obs)
         if self.cells.size == 0:
             raise InvalidArgumentError("indices is empty: there is no cell to visit.")
         for name, values in (per_cell or {}).items():
@@ -62,13 +85,20 @@ class CountsLoader:
                 raise InvalidArgumentError(f"per_cell[{name!r}] has {len(values)} rows for {n_obs} cells.")
         self.counts = counts
         self.per_cell = dict(per_cell or {})
+        self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.prefetch = default_prefetch() if prefetch is None else prefetch
         self.epoch = 0
         self._stops = np.arange(batch_size, len(self.cells) + batch_size, batch_size)
         self._stops[-1] = len(self.cells)
         if batch_size > 1 and len(self._stops) > 1 and self._stops[-1] - self._stops[-2] == 1:
             self._stops = np.delete(self._stops, -2)
+        self.device: torch.device | None = None
+        self._resident: ResidentCounts | None = None
+        self._resident_per_cell: dict[str, torch.Tensor] = {}
+        if device is not None:
+            self.to(device)
 
     def __len__(self) -> int:
         return len(self._stops)
@@ -78,21 +108,75 @@ class CountsLoader:
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
             self.epoch += 1
-        for start, stop in zip([0, *self._stops[:-1]], self._stops, strict=True):
-            yield self.gather(order[start:stop])
+        starts = [0, *self._stops[:-1]]
+        if self._resident is not None:
+            nnz = np.add.reduceat(np.diff(self.counts.indptr)[order], starts)
+            rows = to_device(order, self.device)
+            for start, stop, n in zip(starts, self._stops, nnz, strict=True):
+                yield self._gather_there(rows[start:stop], int(n))
+            return
+        parts = (order[start:stop] for start, stop in zip(starts, self._stops, strict=True))
+        yield from map_ahead(self._gather_here, parts, self.prefetch)
+
+    def to(self, device: str | torch.device | None) -> CountsLoader:
+        """Yield minibatches on a device from now on, with the counts living there if they fit.
+
+        Returns
+        -------
+        The loader itself.
+        """
+        self.device = None if device is None else as_device(device)
+        self._resident = None if self.device is None else ResidentCounts.of(self.counts, self.device)
+        self._resident_per_cell = {}
+        if self._resident is not None:
+            self._resident_per_cell = {
+                name: to_device(_narrow(values), self.device) for name, values in self.per_cell.items()
+            }
+        return self
+
+    @property
+    def is_resident(self) -> bool:
+        """The counts live on :attr:`device`."""
+        return self._resident is not None
 
     def gather(self, cells: np.ndarray) -> dict[str, torch.Tensor]:
-        """Build the minibatch of the given cells, in the order given."""
-        rows = self.counts[cells]
-        batch = {
-            "data": _tensor(rows.data.astype(np.float32, copy=False)),
-            "indices": _tensor(rows.indices.astype(np.int64, copy=False)),
-            "indptr": _tensor(rows.indptr.astype(np.int64, copy=False)),
-            "rows": _tensor(cells),
-        }
+        """Build the minibatch of the given cells, in the order given.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A cell does not exist.
+        """
+        cells = _positions(cells, self.counts.shape[0])
+        if self._resident is None:
+            return self._gather_here(cells)
+        return self._gather_there(to_device(cells, self.device), int(np.diff(self.counts.indptr)[cells].sum()))
+
+    def fingerprint(self) -> str:
+        """Hash everything that decides what the loader yields, and in which order: counts, arrays, cells, settings."""
+        found = hashlib.blake2b(digest_size=16)
+        settings = (self.counts.shape, self.batch_size, self.shuffle, self.seed)
+        found.update(repr(settings).encode())
+        arrays = {"data": self.counts.data, "indices": self.counts.indices, "indptr": self.counts.indptr}
+        for name, array in {**arrays, "cells": self.cells, **self.per_cell}.items():
+            found.update(f"{name} {array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return found.hexdigest()
+
+    def _gather_here(self, cells: np.ndarray) -> dict[str, torch.Tensor]:
+        counts = self.counts
+        data, indices, indptr = take_rows(counts.data, counts.indices, counts.indptr, cells)
+        batch = {"data": data.astype(np.float32, copy=False), "indices": indices, "indptr": indptr, "rows": cells}
         for name, values in self.per_cell.items():
-            dtype = np.int64 if values.dtype.kind in "iub" else np.float32
-            batch[name] = _tensor(values[cells].astype(dtype, copy=False))
+            batch[name] = _narrow(values[cells])
+        return {name: to_device(values, self.device) for name, values in batch.items()}
+
+    def _gather_there(self, rows: torch.Tensor, nnz: int) -> dict[str, torch.Tensor]:
+        assert self._resident is not None
+        batch = self._resident.gather(rows, nnz)
+        batch["rows"] = rows
+        for name, values in self._resident_per_cell.items():
+            batch[name] = values.index_select(0, rows)
         return batch
 
 
@@ -129,5 +213,19 @@ def split_cells(
     return np.sort(parts[0]), np.sort(parts[1]), np.sort(parts[2])
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+def _positions(cells: Any, n_obs: int) -> np.ndarray:
+    """Turn positions or a mask into positions that exist."""
+    cells = np.asarray(cells)
+    if cells.dtype == bool:
+        if cells.shape != (n_obs,):
+            raise InvalidArgumentError(f"indices is a mask of shape {cells.shape}; {n_obs} cells need ({n_obs},).")
+        return np.flatnonzero(cells)
+    cells = cells.astype(np.int64, copy=False)
+    if cells.size and (cells.min() < 0 or cells.max() >= n_obs):
+        wrong = cells[(cells < 0) | (cells >= n_obs)][0]
+        raise InvalidArgumentError(f"indices holds {wrong}; the {n_obs} cells have positions 0 to {n_obs - 1}.")
+    return cells
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.int64 if values.dtype.kind in "iub" else np.float32, copy=False)

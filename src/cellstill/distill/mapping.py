@@ -90,10 +90,8 @@ def learn_batches(
         shuffle=True,
         seed=seed,
     )
-    device = fitted.device
-    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    accelerator = "gpu" if fitted.device.type == "cuda" else "cpu"
     with seeded(seed, accelerator):
         fit(module, loader, max_epochs=n_epochs, lr=lr, accelerator=accelerator)
-    fitted.decoder.to(device)
     vectors = module.vectors.detach().cpu().numpy()
     fitted.query_batches.update(zip(unseen, vectors, strict=True))

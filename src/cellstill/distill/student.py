@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from cellstill.nn.layers import MLP, Masks
-from cellstill.nn.likelihood import nb_log_likelihood
+from cellstill.nn.output import negative_binomial_output
 from cellstill.nn.sparse import CSRRows
+from cellstill.train.plans import Loss
 
 MEAN_BATCH = -1
 """Batch code that decodes with the mean of the known batches' embeddings."""
@@ -110,15 +111,21 @@ class Decoder(nn.Module):
         """Logarithm of the expected proportions, shape ``(n, n_vars)``; every row of proportions sums to 1."""
         return torch.log_softmax(self.network(torch.cat([z, batch_vectors, covariates], dim=1), masks), dim=1)
 
-    def log_likelihood(self, batch: Mapping[str, torch.Tensor], batch_vectors: torch.Tensor) -> torch.Tensor:
-        """Negative binomial log-likelihood of a minibatch with latent ``z``, shape ``(n,)``."""
-        counts = CSRRows.of(batch, self.n_vars)
-        log_rate = self(batch["z"], batch_vectors, batch["covariates"])
-        return nb_log_likelihood(counts, log_rate, counts.library_size().log(), self.log_theta)
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
+        """Negative log-likelihood per gene, with the negative binomial of :func:`negative_binomial_output`."""
+        return self.loss_given(batch, self.batch_vectors(batch["batch"]))
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Negative log-likelihood per gene, shape ``(n,)``."""
-        return -self.log_likelihood(batch, self.batch_vectors(batch["batch"])) / self.n_vars
+    def loss_given(self, batch: Mapping[str, torch.Tensor], batch_vectors: torch.Tensor) -> Loss:
+        """As :meth:`loss`, with embeddings of the batches that need not be the decoder's own."""
+        counts = CSRRows.of(batch, self.n_vars)
+        hidden = self.network.features(torch.cat([batch["z"], batch_vectors, batch["covariates"]], dim=1))
+        output = self.network.output
+        log_size = counts.library_size().log()
+        total, value = negative_binomial_output(
+            hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp()
+        )
+        n = counts.n_rows
+        return Loss(-total / (n * self.n_vars), -value / self.n_vars, n)
 
 
 class NewBatches(nn.Module):
@@ -139,6 +146,6 @@ class NewBatches(nn.Module):
         self.decoder = decoder.requires_grad_(False)
         self.vectors = nn.Parameter(decoder.batches.weight.mean(dim=0).repeat(n_batches, 1))
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
         """As :meth:`Decoder.loss`, with the new embeddings."""
-        return -self.decoder.log_likelihood(batch, self.vectors[batch["batch"]]) / self.decoder.n_vars
+        return self.decoder.loss_given(batch, self.vectors[batch["batch"]])

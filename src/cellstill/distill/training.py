@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from cellstill.data.covariates import CovariateDesign
 from cellstill.data.loader import CountsLoader, split_cells
 from cellstill.data.pca import PCAMethod, fit_pca
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted, build_networks
+from cellstill.nn.compiled import CompileMode, compiled
 from cellstill.teachers import Teacher, TeacherInput
 from cellstill.train.fit import fit, seeded
+from cellstill.train.progress import OnEpoch
 
 _EVALUATION_BATCH = 1024
 
@@ -33,7 +37,11 @@ class TrainingSettings:
     patience: int | None
     weight_decay: float
     accelerator: str
-    progress: bool
+    precision: str
+    compile: CompileMode
+    progress: bool | OnEpoch
+    checkpoint: Path | None
+    resume: bool
     seed: int
 
 
@@ -82,15 +90,8 @@ def distill(
             gene_fraction=pca.gene_fraction,
             **network,
         )
-        common: dict[str, Any] = {
-            "lr": settings.lr,
-            "weight_decay": settings.weight_decay,
-            "patience": settings.patience,
-            "accelerator": settings.accelerator,
-            "progress": settings.progress,
-        }
         loaders = _loaders(cells, {"pca": components, "target": target}, train, validation, settings)
-        history = {"encoder": fit(encoder, *loaders, max_epochs=settings.n_epochs_encoder, **common)}
+        history = {"encoder": _phase("encoder", encoder, loaders, settings.n_epochs_encoder, settings, cells)}
         fitted = Fitted(
             pca=pca,
             encoder=encoder.requires_grad_(False),
@@ -113,11 +114,42 @@ def distill(
         fitted.student_latent = fitted.to_teacher(latent)
         per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
         loaders = _loaders(cells, per_cell, train, validation, settings)
-        history["decoder"] = fit(decoder, *loaders, max_epochs=settings.n_epochs_decoder, **common)
+        history["decoder"] = _phase("decoder", decoder, loaders, settings.n_epochs_decoder, settings, cells)
     decoder.requires_grad_(False)
     held_out = np.concatenate([validation, test]) if len(train) < len(cells) else train
     fitted.usual_misfit = np.sort(fitted.misfit(cells[held_out], latent[held_out]))
     return fitted, history
+
+
+def _phase(
+    name: str,
+    network: torch.nn.Module,
+    loaders: tuple[CountsLoader, CountsLoader | None],
+    n_epochs: int,
+    settings: TrainingSettings,
+    cells: Cells,
+) -> pd.DataFrame:
+    """Train one network."""
+    checkpoint = settings.checkpoint
+    if checkpoint is not None:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        checkpoint /= f"{name}.safetensors"
+    with compiled(settings.compile, n_values=float(np.prod(cells.counts.shape)) * n_epochs):
+        return fit(
+            network,
+            *loaders,
+            max_epochs=n_epochs,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            patience=settings.patience,
+            precision=settings.precision,
+            accelerator=settings.accelerator,
+            progress=settings.progress,
+            phase=name,
+            obs_names=cells.obs.index.astype(str).tolist(),
+            checkpoint=checkpoint,
+            resume=settings.resume,
+        )
 
 
 def _with_every_batch(batch: np.ndarray, train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -16,9 +16,9 @@ class CSRRows(NamedTuple):
     data
         Non-zeros, float32, shape ``(nnz,)``.
     indices
-        Genes of the non-zeros, int64, shape ``(nnz,)``.
+        Genes of the non-zeros, int32 or int64, shape ``(nnz,)``.
     indptr
-        Where each row starts in ``data``, int64, shape ``(n + 1,)``.
+        Where each row starts in ``data``, of the same type, shape ``(n + 1,)``.
     n_vars
         Number of genes.
     """
@@ -37,6 +37,13 @@ class CSRRows(NamedTuple):
     def n_rows(self) -> int:
         """Number of cells."""
         return len(self.indptr) - 1
+
+    def rows(self, block: slice) -> CSRRows:
+        """Return a block of neighbouring rows, as views."""
+        start, stop, _ = block.indices(self.n_rows)
+        first, last = (int(at) for at in self.indptr[[start, stop]])
+        indptr = self.indptr[start : stop + 1] - first
+        return CSRRows(self.data[first:last], self.indices[first:last], indptr, self.n_vars)
 
     def row_of_nonzeros(self) -> torch.Tensor:
         """Return the row of each non-zero, shape ``(nnz,)``."""

@@ -1,104 +1,146 @@
-"""One call that trains a module: Lightning underneath, nothing written to disk."""
+"""One call that trains a module: devices and precision by Lightning Fabric, a loop of our own."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 
-from cellstill.data.loader import CountsLoader
-from cellstill.errors import check_option
-from cellstill.train.callbacks import History, KeepBest
+from cellstill.errors import InvalidArgumentError, StoreError, check_option
+from cellstill.train.best import KeepBest
+from cellstill.train.checkpoint import describe_run, read_checkpoint
+from cellstill.train.devices import on_device
+from cellstill.train.loop import Loop, Minibatches
 from cellstill.train.plans import Plan
+from cellstill.train.progress import OnEpoch, reporting
+from cellstill.train.run import Run, to_frame
+
+Path = str | os.PathLike[str]
 
 
 def fit(
     module: torch.nn.Module,
-    train: CountsLoader,
-    validation: CountsLoader | None = None,
+    train: Minibatches,
+    validation: Minibatches | None = None,
     *,
     max_epochs: int,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
+    kl_warmup: int | float | None = None,
     patience: int | None = 10,
     gradient_clip: float | None = None,
+    precision: str = "32-true",
     accelerator: str = "auto",
-    progress: bool = False,
+    progress: bool | OnEpoch = False,
+    phase: str | None = None,
+    obs_names: Sequence[str] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> pd.DataFrame:
-    """Train ``module`` and leave it in evaluation mode with its best weights.
+    """Train ``module`` and leave it in evaluation mode with its best weights, on the device where it was.
 
     Parameters
     ----------
     module
-        Module with a ``loss`` (:class:`~cellstill.train.plans.Trainable`).
+        Module with a ``loss`` (:class:`~cellstill.train.plans.Trainable`). Parts whose parameters are all frozen stay
+        in the mode they are in.
     train, validation
-        Minibatches. Without ``validation`` the training loss is monitored.
+        Minibatches, such as those of a :class:`~cellstill.data.CountsLoader`; on a GPU its counts move there if they
+        fit. Without ``validation`` the training loss is monitored.
     max_epochs
         Most passes over the training cells; 0 trains nothing.
-    lr, weight_decay
-        See :class:`~cellstill.train.plans.Plan`.
+    lr, weight_decay, kl_warmup
+        See :class:`~cellstill.train.plans.Plan`. The best weights and ``patience`` count from the first epoch that
+        starts after the warm-up.
     patience
         Epochs without a lower monitored loss before training stops; ``None`` trains for ``max_epochs``.
     gradient_clip
         Largest norm of a step's gradient; ``None`` does not clip.
+    precision
+        ``"32-true"``, or ``"bf16-mixed"``: matrix products in bfloat16, weights and losses in float32. Faster on
+        hardware that has it, with the last digits of the loss lost.
     accelerator
         ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"gpu"``. One device is used.
     progress
-        Show a progress bar.
+        Show a progress bar, if stderr is a terminal; or a function, called as ``progress(phase, epoch, losses)`` after
+        each epoch.
+    phase
+        Name of this training where there are several.
+    obs_names
+        Names of the cells by their position in the counts, for messages.
+    checkpoint
+        File that is written after each epoch, in one step that a crash does not interrupt: safetensors and JSON, no
+        pickle.
+    resume
+        Go on from ``checkpoint`` if it exists. The run ends with the weights and losses, bit for bit, of one that was
+        never interrupted, given the same module, data and settings on the same machine and number of threads; torch's
+        random state is put back as well. A finished run is returned as it ended.
 
     Returns
     -------
-    One row per epoch: ``train_loss`` and, with ``validation``, ``validation_loss``.
+    One row per epoch: ``train_loss`` and, with ``validation``, ``validation_loss``; then the means of the loss's terms,
+    if it has any. ``attrs["seconds"]`` holds the time of each epoch.
 
     Raises
     ------
     TrainingError
-        The loss is no longer finite.
+        A loss or gradient is not finite. The message names the epoch, minibatch, cells, and the term or parameter; the
+        module is left with its best weights so far, or those of the last epoch whose numbers were finite.
+    StoreError
+        ``checkpoint`` exists and ``resume`` is false, cannot be written, is damaged, or belongs to a run with another
+        architecture, other data or other settings.
     KeyboardInterrupt
         Training was interrupted; the module is left in evaluation mode.
     """
     check_option("accelerator", accelerator, ("auto", "cpu", "gpu"))
-    if accelerator == "auto":
-        # Lightning would choose Apple's GPU, which lacks operations that are needed.
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    history = History()
-    keep_best = KeepBest(history, "train_loss" if validation is None else "validation_loss", patience)
-    callbacks: list[Callback] = [history, keep_best]
-    if progress:
-        callbacks.append(RichProgressBar(leave=True))
-    with _quiet_lightning():
-        trainer = Trainer(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=1,
-            callbacks=callbacks,
-            gradient_clip_val=gradient_clip,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        if max_epochs > 0:
-            _fit(trainer, Plan(module, lr=lr, weight_decay=weight_decay), train, validation)
-    module.eval()
-    return history.to_frame()
-
-
-def _fit(trainer: Trainer, plan: Plan, train: CountsLoader, validation: CountsLoader | None) -> None:
-    try:
-        trainer.fit(plan, train, validation)
-    except SystemExit as stop:
-        # Lightning exits the process on Ctrl-C; in a notebook, or inside our own clean-up, that is not ours to do.
-        plan.module.eval()
-        raise KeyboardInterrupt from stop
+    check_option("precision", precision, ("32-true", "bf16-mixed"))
+    if resume and checkpoint is None:
+        raise InvalidArgumentError("resume=True needs the checkpoint to go on from: give checkpoint=... as well.")
+    if checkpoint is not None and os.path.exists(checkpoint) and not resume:
+        raise StoreError(f"{checkpoint} exists. Pass resume=True to go on from it, or choose another checkpoint.")
+    plan = Plan(module, lr=lr, weight_decay=weight_decay, kl_warmup=kl_warmup)
+    if max_epochs < 1:
+        module.eval()
+        return to_frame([], [])
+    plan.plan_steps(max_epochs, len(train))
+    loaders = {"training": train} if validation is None else {"training": train, "validation": validation}
+    described: dict[str, Any] = {}
+    if checkpoint is not None:
+        settings = {
+            "max_epochs": max_epochs,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "kl_warmup": kl_warmup,
+            "patience": patience,
+            "gradient_clip": gradient_clip,
+            "precision": precision,
+        }
+        described = describe_run(module, loaders, settings)
+    with on_device(module, accelerator, precision) as (device, autocast):
+        if device.type != "cpu":
+            for loader in loaders.values():
+                if hasattr(loader, "to"):
+                    loader.to(device)
+        optimizer = plan.configure_optimizers()
+        loop = Loop(plan, optimizer, train, validation, device=device, autocast=autocast, gradient_clip=gradient_clip)
+        first_counted = -(-plan.n_warmup // len(train))
+        best = KeepBest("train_loss" if validation is None else "validation_loss", patience, first_counted)
+        run = Run(loop, loaders, best, max_epochs, obs_names, checkpoint, described)
+        if resume and os.path.exists(checkpoint):  # type: ignore[arg-type]
+            run.go_on(read_checkpoint(checkpoint, described))  # type: ignore[arg-type]
+        try:
+            watching = reporting(
+                progress, phase, n_epochs=max_epochs, steps_per_epoch=len(train), start=len(run.epochs)
+            )
+            with watching as reporter:
+                run.train(reporter)
+        finally:
+            module.eval()
+    return run.history()
 
 
 @contextmanager
@@ -108,25 +150,3 @@ def seeded(seed: int, accelerator: str = "auto") -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # Minibatches are built from memory: worker processes would only copy them.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
-            warnings.filterwarnings("ignore", message=".*was available but not used.*")
-            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
-            # Networks that a new part is trained against stay as they are.
-            warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

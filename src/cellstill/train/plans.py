@@ -1,14 +1,44 @@
-"""What Lightning trains: any module with a loss per minibatch."""
+"""What is trained: any module with a loss per minibatch, and the plan by which its parameters learn."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
 
+from cellstill.errors import InvalidArgumentError, TrainingError
+from cellstill.train.warmup import warmup_steps
+
 _GLOBAL_LR = 10.0
+
+
+class Loss(NamedTuple):
+    """What a module makes of a minibatch.
+
+    Attributes
+    ----------
+    total
+        What is minimised: the mean over the minibatch's cells, a scalar to differentiate. The losses of an epoch weigh
+        it by ``n``.
+    per_cell
+        Loss of each cell, detached, shape ``(n,)``; it names the cells whose loss is not finite. ``None`` if the module
+        does not have it.
+    n
+        Number of cells.
+    terms
+        Parts of the loss by name, each a detached scalar, summed over the cells. The history records their means as
+        ``train_<name>`` and ``validation_<name>``.
+    """
+
+    total: torch.Tensor
+    per_cell: torch.Tensor | None
+    n: int
+    terms: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Trainable(Protocol):
@@ -23,13 +53,51 @@ class Trainable(Protocol):
 
     global_parameters: frozenset[str]
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Loss of each cell of a minibatch, shape ``(n,)``."""
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | Loss:
+        """Loss of a minibatch: that of each cell, shape ``(n,)``, or a :class:`Loss`.
+
+        A module with a prior declares a second argument, ``kl_weight``: the weight of the KL divergence from it, which
+        rises from 0 to 1 while training warms up, and is 1 in validation.
+        """
         ...
+
+
+class LossSums:
+    """Sums of losses over an epoch, in float64 on the device: no synchronisation until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._n = 0
+
+    def add(self, loss: Loss) -> None:
+        """Add a minibatch."""
+        self._add("loss", loss.total.detach(), loss.n)
+        for name, term in loss.terms.items():
+            self._add(name, term, 1)
+        self._n += loss.n
+
+    def _add(self, name: str, value: torch.Tensor, weight: int) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+        self._sums[name].add_(value, alpha=weight)
+
+    def is_finite(self) -> bool:
+        """Say whether every loss and term so far was finite; waits for the device."""
+        return all(map(math.isfinite, torch.stack(list(self._sums.values())).tolist())) if self._sums else True
+
+    def pop(self, split: str) -> dict[str, float]:
+        """Return the means per cell, as ``<split>_loss`` and ``<split>_<term>``, and start again."""
+        means = {f"{split}_{name}": total.item() / self._n for name, total in self._sums.items()}
+        self._sums, self._n = {}, 0
+        return means
 
 
 class Plan(LightningModule):
     """Minimise the mean loss over cells with Adam.
+
+    :func:`~cellstill.train.fit.fit` follows it with a loop of its own; a Lightning ``Trainer``, such as that of
+    scvi-tools' ``TrainRunner``, follows it too, and then finds ``train_loss``, ``validation_loss`` and the terms among
+    its metrics at the end of each epoch.
 
     Parameters
     ----------
@@ -39,28 +107,60 @@ class Plan(LightningModule):
         Learning rate. Larger learns faster until it no longer settles.
     weight_decay
         Decoupled decay of the weights towards zero per step, times ``lr``. Larger regularises more.
+    kl_warmup
+        Steps over which the weight of the KL divergence rises from 0 to 1: a number of steps (int), or a share of the
+        planned ones (float, at most 1). Longer lets the module explain the data first, and guards against a collapsed
+        latent; the warm-up always ends before training does (:func:`~cellstill.train.warmup.warmup_steps`). ``None``
+        trains with weight 1 throughout.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``kl_warmup`` is out of range, or the module's ``loss`` takes no ``kl_weight``.
     """
 
-    def __init__(self, module: Any, *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, module: Any, *, lr: float = 1e-3, weight_decay: float = 0.0, kl_warmup: int | float | None = None
+    ) -> None:
         super().__init__()
         self.module = module
         self.lr = lr
         self.weight_decay = weight_decay
-        self._sums: dict[str, torch.Tensor] = {}
+        self.kl_warmup = kl_warmup
+        self.sums = LossSums()
+        self.n_warmup = 0
+        self._takes_kl_weight = "kl_weight" in inspect.signature(module.loss).parameters
+        if kl_warmup is not None and not self._takes_kl_weight:
+            raise InvalidArgumentError(
+                f"kl_warmup={kl_warmup!r} is given, but {type(module).__name__}.loss takes no kl_weight. Leave it out."
+            )
+        warmup_steps(kl_warmup, 1, 1)
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the mean loss of a minibatch."""
-        loss = self.module.loss(batch)
-        self._accumulate("train_loss", loss.detach())
-        return loss.mean()
+    def plan_steps(self, n_epochs: int, steps_per_epoch: int) -> None:
+        """Fix the length of the warm-up, once the length of training is known."""
+        self.n_warmup = warmup_steps(self.kl_warmup, n_epochs, steps_per_epoch)
 
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        """Add a minibatch to the validation loss."""
-        self._accumulate("validation_loss", self.module.loss(batch))
+    def evaluate(self, batch: Mapping[str, torch.Tensor], step: int | None = None) -> Loss:
+        """Loss of a minibatch at a step of training; without ``step``, as after the warm-up."""
+        if self._takes_kl_weight:
+            weight = 1.0 if step is None or step >= self.n_warmup else step / self.n_warmup
+            loss = self.module.loss(batch, kl_weight=weight)
+        else:
+            loss = self.module.loss(batch)
+        if isinstance(loss, Loss):
+            return loss
+        if loss.dim() != 1:
+            raise InvalidArgumentError(
+                f"{type(self.module).__name__}.loss returned a tensor of shape {tuple(loss.shape)}. Return the loss of "
+                "each cell, shape (n,), or a cellstill.train.Loss."
+            )
+        return Loss(loss.mean(dtype=_at_least_float32(loss)), loss.detach(), len(loss))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build a fused AdamW, with a group of its own for the global parameters."""
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not trained:
+            raise InvalidArgumentError(f"{type(self.module).__name__} has no parameter that requires a gradient.")
         apart = {name: trained.pop(name) for name in self.module.global_parameters if name in trained}
         groups: list[dict[str, Any]] = [
             {"params": list(trained.values()), "lr": self.lr, "weight_decay": self.weight_decay},
@@ -68,13 +168,45 @@ class Plan(LightningModule):
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
-    def _accumulate(self, name: str, loss: torch.Tensor) -> None:
-        # Sums stay on the device until the epoch ends: no synchronisation per step.
-        batch = torch.stack([loss.sum().double(), loss.new_tensor(len(loss), dtype=torch.float64)])
-        self._sums[name] = self._sums[name] + batch if name in self._sums else batch
+    def on_train_start(self) -> None:
+        """Plan the warm-up of a ``Trainer``'s run."""
+        steps = max(int(self.trainer.num_training_batches), 1)
+        self.plan_steps(max(int(self.trainer.estimated_stepping_batches) // steps, 1), steps)
 
-    def pop_losses(self) -> dict[str, float]:
-        """Return the mean loss per cell since the last call, of training and of validation."""
-        losses = {name: float(total / n) for name, (total, n) in self._sums.items()}
-        self._sums.clear()
-        return losses
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Return the mean loss of a minibatch."""
+        loss = self.evaluate(batch, self.global_step)
+        self.sums.add(loss)
+        return loss.total
+
+    def on_validation_epoch_start(self) -> None:
+        """Keep the sums of training, which are not read yet, apart from those of validation."""
+        self._train_sums, self.sums = self.sums, LossSums()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Add a minibatch to the validation loss."""
+        self.sums.add(self.evaluate(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation losses."""
+        self._log_epoch("validation")
+        self.sums = self._train_sums
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training losses."""
+        self._log_epoch("train")
+
+    def _log_epoch(self, split: str) -> None:
+        losses = self.sums.pop(split)
+        value = losses[f"{split}_loss"]
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{split}_loss is {value} in epoch {self.current_epoch}. Train with a smaller lr, and check that the "
+                "counts have no extreme outliers."
+            )
+        # The size of a minibatch of CSR rows cannot be read off its tensors.
+        self.log_dict(losses, prog_bar=True, batch_size=1, sync_dist=True)
+
+
+def _at_least_float32(loss: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(loss.dtype, torch.float32)

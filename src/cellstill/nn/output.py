@@ -1,0 +1,252 @@
+"""The last layer of a decoder and its likelihood as one function: means are made, used and dropped in blocks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.sparse import CSRRows
+from cellstill.nn.special import digamma_difference, log_factorial, log_rising_factorial
+
+Link = Literal["softmax", "softplus"]
+
+_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Entries, cells x genes, of a block of logits."""
+_CACHED = 1 << 18
+"""Entries over which torch's operations stay in the cache of a core."""
+
+
+def negative_binomial_output(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x: CSRRows,
+    log_size: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    group: torch.Tensor | None = None,
+    cell_weight: torch.Tensor | None = None,
+    link: Link = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Negative binomial log-likelihood of counts, whose means are a linear layer of ``hidden``.
+
+    .. math::
+        x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_g), \qquad \mu_n = s_n\,f(W h_n + b), \qquad
+        f = \mathrm{softmax}\ \text{or}\ \mathrm{softplus}
+
+    The array of cells x genes exists only in blocks of cells that stay in the cache: a block of logits becomes means,
+    terms of the likelihood and gradients in place, and enters the gradients of ``hidden`` and ``weight`` before the
+    next one is made. All gradients are therefore computed on the way forward; going backward only scales them.
+
+    Parameters
+    ----------
+    hidden
+        Shape ``(n, n_hidden)``.
+    weight, bias
+        Shapes ``(n_vars, n_hidden)`` and ``(n_vars,)``.
+    x
+        Counts, ``n`` rows.
+    log_size
+        Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: with ``"softmax"`` the expected library size.
+    theta
+        Inverse dispersion, shape ``(n_vars,)``, or ``(n_groups, n_vars)`` with ``group``. Larger is closer to Poisson.
+    group
+        Row of ``theta`` for each cell, integers of shape ``(n,)``.
+    cell_weight
+        Weight of each cell in the total, shape ``(n,)``, not differentiated; ``None`` weighs all by 1.
+    link
+        ``f``: ``"softmax"`` makes proportions of the size, ``"softplus"`` leaves genes to themselves.
+
+    Returns
+    -------
+    Weighted sum over cells, differentiable in ``hidden``, ``weight``, ``bias``, ``log_size`` and ``theta``; and the
+    log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
+    (autocast).
+
+    Raises
+    ------
+    InvalidArgumentError
+        An unknown link, or shapes that do not fit.
+
+    References
+    ----------
+    Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics, for the model.
+    """
+    check_option("link", link, ("softmax", "softplus"))
+    n, n_vars = x.n_rows, x.n_vars
+    _check_shape("hidden", hidden, (n, weight.shape[1]))
+    _check_shape("weight", weight, (n_vars, weight.shape[1]))
+    _check_shape("bias", bias, (n_vars,))
+    _check_shape("log_size", log_size, (n,))
+    theta = theta if theta.ndim == 2 else theta[None]
+    if group is None:
+        _check_shape("theta", theta, (1, n_vars))
+        group = torch.zeros(n, dtype=torch.int64, device=hidden.device)
+    else:
+        _check_shape("theta", theta, (len(theta), n_vars))
+        _check_shape("group", group, (n,))
+    cell_weight = torch.ones_like(log_size) if cell_weight is None else cell_weight
+    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, link)
+
+
+class _NegativeBinomialOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        log_size: torch.Tensor,
+        theta: torch.Tensor,
+        x: CSRRows,
+        group: torch.Tensor,
+        cell_weight: torch.Tensor,
+        link: Link,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            low = hidden.to(precision), weight.to(precision)
+            grads = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in (hidden, weight)]
+            cells = _Cells(
+                x, log_size.exp(), group, cell_weight, torch.empty_like(log_size), torch.empty_like(log_size)
+            )
+            genes = _Genes(bias, theta, torch.zeros_like(bias), torch.zeros_like(theta))
+            block = _rows_kernel if kernels(hidden.device) is not None else _rows_torch
+            step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // x.n_vars)
+            for start in range(0, x.n_rows, step):
+                rows = slice(start, start + step)
+                logits = torch.mm(low[0][rows], low[1].t()).float()
+                block(logits, cells.of(rows), genes, link)
+                logits = logits.to(precision)
+                if grads[0] is not None:
+                    grads[0][rows] = torch.mm(logits, low[1])
+                if grads[1] is not None:
+                    _add_product(grads[1], logits, low[0][rows])
+            total = cells.value @ cell_weight
+        ctx.grads = (*grads, genes.grad_bias, cells.grad_size, genes.grad_theta)
+        ctx.mark_non_differentiable(cells.value)
+        return total, cells.value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = [
+            grad.mul_(outer[0]) if grad is not None and needed else None
+            for grad, needed in zip(ctx.grads, ctx.needs_input_grad[:5], strict=True)
+        ]
+        return (*grads, None, None, None, None)
+
+
+class _Cells(NamedTuple):
+    """What belongs to the cells of a block; the last two are filled."""
+
+    x: CSRRows
+    size: torch.Tensor
+    group: torch.Tensor
+    weight: torch.Tensor
+    value: torch.Tensor
+    grad_size: torch.Tensor
+
+    def of(self, rows: slice) -> _Cells:
+        return _Cells(self.x.rows(rows), *(part[rows] for part in self[1:]))
+
+
+class _Genes(NamedTuple):
+    """What belongs to the genes; the last two are added to."""
+
+    bias: torch.Tensor
+    theta: torch.Tensor
+    grad_bias: torch.Tensor
+    grad_theta: torch.Tensor
+
+
+def _add_product(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    if logits.dtype == total.dtype:
+        total.addmm_(logits.t(), hidden)
+    else:
+        total += torch.mm(logits.t(), hidden)
+
+
+def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+    """Turn logits into their gradient, with the compiled loops."""
+    loops = kernels(logits.device)
+    assert loops is not None
+    inverse = genes.theta.detach().reciprocal().numpy()
+    bias, theta = genes.bias.detach().numpy(), genes.theta.detach().contiguous().numpy()
+    size, weight, group = cells.size.detach().numpy(), cells.weight.detach().numpy(), cells.group.numpy()
+    counts = cells.x.data.numpy(), cells.x.indices.int().numpy(), cells.x.indptr.int().numpy()
+    filled = cells.value.numpy(), cells.grad_size.numpy()
+    values = logits.numpy()
+
+    def share(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = torch.zeros_like(genes.grad_theta), torch.zeros_like(genes.grad_bias)
+        loops.negative_binomial_rows(
+            *(start, stop, link == "softmax", values, bias, size, theta, inverse, group, weight, *counts, *filled),
+            *(part.numpy() for part in sums),
+        )
+        return sums
+
+    for grad_theta, grad_bias in share_out(share, len(logits), logits.numel()):
+        genes.grad_theta.add_(grad_theta)
+        genes.grad_bias.add_(grad_bias)
+
+
+def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+    """Turn logits into their gradient, with torch's operations."""
+    step = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        _rows_in_cache(logits[rows], cells.of(rows), genes, link)
+
+
+def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+    x, weight = cells.x, cells.weight[:, None]
+    one_group = len(genes.theta) == 1
+    theta = genes.theta if one_group else genes.theta[cells.group]
+    logits += genes.bias
+    if link == "softmax":
+        means = torch.softmax(logits, dim=1).mul_(cells.size[:, None])
+    else:
+        means = torch.nn.functional.softplus(logits)
+        slope = torch.sigmoid(logits).div_(means)
+        means *= cells.size[:, None]
+    share = means / theta
+    at_zero = torch.log1p(share)
+    share /= 1 + share
+    cells.value.copy_((at_zero @ theta[0] if one_group else (at_zero * theta).sum(dim=1)).neg_())
+    grads = torch.mul(share, theta, out=logits).neg_()
+    share -= at_zero
+    if one_group:
+        genes.grad_theta[0].add_(cells.weight @ share)
+    else:
+        genes.grad_theta.index_add_(0, cells.group, share.mul_(weight))
+
+    rows = x.row_of_nonzeros()
+    where = rows * x.n_vars + x.indices
+    groups = torch.zeros_like(rows) if one_group else cells.group[rows]
+    theta_at, mean_at = genes.theta[groups, x.indices], means.view(-1)[where]
+    rest = x.data / (theta_at + mean_at)
+    value = log_rising_factorial(x.data, theta_at) - log_factorial(x.data)
+    value += x.data * (mean_at / (theta_at + mean_at)).log()
+    cells.value.add_(x.sum_rows(value))
+    grads.view(-1).index_add_(0, where, rest * theta_at)
+    at_theta = (digamma_difference(x.data, theta_at) - rest).mul_(cells.weight[rows])
+    genes.grad_theta.view(-1).index_add_(0, groups * x.n_vars + x.indices, at_theta)
+
+    common = grads.sum(dim=1)
+    cells.grad_size.copy_(common * cells.weight)
+    if link == "softmax":
+        # The sum over all genes goes back through the normalisation.
+        grads.addcmul_(means, (common / cells.size)[:, None], value=-1)
+    else:
+        grads *= slope
+    grads *= weight
+    genes.grad_bias.add_(grads.sum(dim=0))
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise InvalidArgumentError(f"{name} has shape {tuple(tensor.shape)}; {expected} is needed.")

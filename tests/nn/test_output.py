@@ -1,0 +1,249 @@
+"""The fused output layer against distributions of scipy, autograd through torch.distributions, and itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.stats
+import torch
+
+import cellstill.nn.output as output
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn.compiled import compiled
+from cellstill.nn.output import negative_binomial_output
+from cellstill.nn.sparse import CSRRows
+
+NAMES = ("hidden", "weight", "bias", "log_size", "theta")
+
+
+def rows(counts) -> CSRRows:
+    counts = sp.csr_matrix(counts, dtype=np.float32)
+    return CSRRows(*(torch.from_numpy(part) for part in (counts.data, counts.indices, counts.indptr)), counts.shape[1])
+
+
+def make(n=37, n_vars=53, n_hidden=8, n_groups=1, seed=0, link="softmax"):
+    """Counts drawn from the model itself, and its parameters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    hidden, weight, bias = normal(n, n_hidden), normal(n_vars, n_hidden, scale=0.5), normal(n_vars)
+    log_size = normal(n, scale=0.5) + (math.log(n_vars) if link == "softmax" else 0.0)
+    theta = normal(n_groups, n_vars).exp()
+    group = torch.arange(n) % n_groups
+    mean = means(hidden, weight, bias, log_size, link).double()
+    theta_of_cells = theta[group].double().numpy()
+    counts = np.random.default_rng(seed).negative_binomial(
+        theta_of_cells, theta_of_cells / (theta_of_cells + mean.numpy())
+    )
+    return counts, (hidden, weight, bias, log_size, theta[0] if n_groups == 1 else theta), group
+
+
+def means(hidden, weight, bias, log_size, link):
+    logits = hidden @ weight.T + bias
+    shape = torch.softmax(logits, dim=1) if link == "softmax" else torch.nn.functional.softplus(logits)
+    return log_size.exp()[:, None] * shape
+
+
+def reference(counts, parameters, group, link, cell_weight):
+    """Values and gradients by autograd, in float64, with the whole array of means."""
+    parameters = [p.double().clone().requires_grad_() for p in parameters]
+    mean = means(*parameters[:4], link)
+    theta = parameters[4] if parameters[4].ndim == 1 else parameters[4][group]
+    x = torch.from_numpy(np.asarray(counts, dtype=np.float64))
+    terms = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    terms = terms + theta * (theta / (theta + mean)).log() + torch.special.xlogy(x, mean / (theta + mean))
+    value = terms.sum(dim=1)
+    (value @ cell_weight.double()).backward()
+    if mean.min() > 1e-6 * theta.max():  # below, the 1 - p that scipy takes loses the mean
+        size, dispersion = mean.detach().numpy(), theta.detach().expand(mean.shape).numpy()
+        by_scipy = scipy.stats.nbinom.logpmf(counts, dispersion, dispersion / (dispersion + size)).sum(axis=1)
+        np.testing.assert_allclose(value.detach(), by_scipy, rtol=1e-7)
+    return value.detach().numpy(), [p.grad for p in parameters]
+
+
+def evaluate(counts, parameters, group, link, cell_weight, scale=1.0):
+    parameters = [p.clone().requires_grad_() for p in parameters]
+    chosen = None if parameters[4].ndim == 1 else group
+    total, value = negative_binomial_output(
+        *parameters[:3],
+        rows(counts),
+        parameters[3],
+        parameters[4],
+        group=chosen,
+        cell_weight=cell_weight,
+        link=link,
+    )
+    (scale * total).backward()
+    return total.detach(), value, [p.grad for p in parameters]
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
+def mode(request):
+    with compiled(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("n_groups", [1, 3], ids=["theta_per_gene", "theta_per_gene_and_group"])
+@pytest.mark.parametrize("link", ["softmax", "softplus"])
+def test_values_and_gradients_are_those_of_the_distribution(link, n_groups):
+    counts, parameters, group = make(n_groups=n_groups, link=link)
+    cell_weight = torch.linspace(0.1, 2, len(counts))
+    expected, grads = reference(counts, parameters, group, link, cell_weight)
+    total, value, found = evaluate(counts, parameters, group, link, cell_weight)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    assert float(total) == pytest.approx(float(expected @ cell_weight.double().numpy()), rel=2e-6)
+    for name, grad, true in zip(NAMES, found, grads, strict=True):
+        np.testing.assert_allclose(grad, true, rtol=1e-4, atol=2e-6 * float(true.abs().max()), err_msg=name)
+
+
+def test_blocks_of_cells_do_not_matter(monkeypatch):
+    counts, parameters, group = make(n=40)
+    ones = torch.ones(40)
+    whole = evaluate(counts, parameters, group, "softmax", ones)
+    for size in (1, 53 * 7, 53 * 39):
+        monkeypatch.setitem(output._BLOCK, "cpu", size)
+        monkeypatch.setattr(output, "_CACHED", max(1, size // 2))
+        total, value, grads = evaluate(counts, parameters, group, "softmax", ones)
+        np.testing.assert_allclose(total, whole[0], rtol=1e-6)
+        np.testing.assert_allclose(value, whole[1], rtol=1e-5)
+        for name, grad, other in zip(NAMES, grads, whole[2], strict=True):
+            np.testing.assert_allclose(grad, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), err_msg=name)
+
+
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_share_the_cells(monkeypatch, n_threads):
+    counts, parameters, group = make(n=41, n_groups=2)
+    ones = torch.ones(41)
+    alone = evaluate(counts, parameters, group, "softmax", ones)
+    monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        shared = evaluate(counts, parameters, group, "softmax", ones)
+        again = evaluate(counts, parameters, group, "softmax", ones)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(shared[1], alone[1], rtol=1e-6)
+    for name, grad, other, same in zip(NAMES, shared[2], alone[2], again[2], strict=True):
+        np.testing.assert_allclose(grad, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), err_msg=name)
+        np.testing.assert_array_equal(grad, same, err_msg=name)
+
+
+@pytest.mark.parametrize("theta", [1e-4, 1e-2, 1.0, 1e3, 1e6, 1e8])
+@pytest.mark.parametrize("log_mean", [-27.0, -5.0, 0.0, 5.0, 10.0])
+@pytest.mark.parametrize("link", ["softmax", "softplus"])
+def test_extreme_means_and_dispersions(link, log_mean, theta):
+    """Two genes of equal mean, counts of 0 to 3,000."""
+    counts = np.array([[0, 1], [2, 10], [300, 0], [3000, 3000]])
+    log_size = torch.full((4,), log_mean + (math.log(2) if link == "softmax" else -math.log(math.log(2))))
+    zero = torch.zeros
+    parameters = zero(4, 1), zero(2, 1), zero(2), log_size, torch.full((2,), theta)
+    expected, grads = reference(counts, parameters, None, link, torch.ones(4))
+    _, value, found = evaluate(counts, parameters, None, link, torch.ones(4))
+    # A count far from its mean is a sum of terms as large as x log(mean / x).
+    np.testing.assert_allclose(value, expected, rtol=3e-6, atol=3e-6 * 3000 * 10)
+    for name, grad, true in zip(NAMES, found, grads, strict=True):
+        if name == "theta":
+            # Towards Poisson its gradient vanishes against terms as large as x / theta.
+            np.testing.assert_allclose(grad * theta, true * theta, rtol=1e-4, atol=3e-6 * 6000, err_msg=name)
+        else:
+            np.testing.assert_allclose(grad, true, rtol=1e-4, atol=1e-6 * 6000, err_msg=name)
+
+
+def test_explicit_zeros_and_empty_cells():
+    counts, parameters, group = make(n=5)
+    counts[2] = 0
+    stored = sp.coo_matrix(counts, dtype=np.float32)
+    empty = np.argwhere(counts == 0)[::3].T
+    positions = np.hstack([[stored.row, stored.col], empty])
+    values = np.concatenate([stored.data, np.zeros(empty.shape[1])])
+    explicit = sp.csr_matrix((values, positions), shape=stored.shape)
+    assert explicit.nnz > stored.nnz
+    first = evaluate(stored, parameters, group, "softmax", torch.ones(5))
+    second = evaluate(explicit, parameters, group, "softmax", torch.ones(5))
+    np.testing.assert_allclose(first[1], second[1], rtol=1e-6)
+    for grad, other in zip(first[2], second[2], strict=True):
+        np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_outer_gradient_scales_all_gradients():
+    counts, parameters, group = make()
+    one = evaluate(counts, parameters, group, "softmax", torch.ones(37))
+    third = evaluate(counts, parameters, group, "softmax", torch.ones(37), scale=1 / 3)
+    for grad, other in zip(one[2], third[2], strict=True):
+        np.testing.assert_allclose(grad / 3, other, rtol=1e-6, atol=1e-7)
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    counts, (hidden, weight, bias, log_size, theta), _ = make()
+    frozen = [weight, bias, log_size, theta]
+    hidden.requires_grad_()
+    total, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
+    total.backward()
+    assert hidden.grad.abs().max() > 0
+    assert all(tensor.grad is None for tensor in frozen)
+    assert not value.requires_grad
+    with torch.no_grad():
+        assert not negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)[0].requires_grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("link", ["softmax", "softplus"])
+def test_what_is_not_finite_shows(link, bad):
+    counts, (hidden, weight, bias, log_size, theta), _ = make(link=link)
+    hidden[3, 0] = bad
+    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta, link=link)
+    finite = torch.isfinite(value)
+    assert not finite[3]
+    assert finite.sum() == 36
+
+
+def test_bfloat16_products_stay_close(mode):
+    counts, parameters, group = make(n=64, n_vars=200)
+    exact = evaluate(counts, parameters, group, "softmax", torch.ones(64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = evaluate(counts, parameters, group, "softmax", torch.ones(64))
+    assert low[0].dtype == torch.float32
+    assert float(low[0]) == pytest.approx(float(exact[0]), rel=2e-3)
+    for name, grad, other in zip(NAMES, low[2], exact[2], strict=True):
+        assert grad.dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(grad.flatten(), other.flatten(), dim=0)
+        assert float(cosine) > 0.999, name
+
+
+def test_gradient_descent_finds_the_dispersion():
+    counts, (hidden, weight, bias, log_size, theta), _ = make(n=4000, n_vars=12)
+    log_theta = torch.zeros(12, requires_grad=True)
+    optimiser = torch.optim.Adam([log_theta], lr=0.05)
+    x = rows(counts)
+    for _ in range(150):
+        optimiser.zero_grad()
+        total, _ = negative_binomial_output(hidden, weight, bias, x, log_size, log_theta.exp())
+        (-total / 4000).backward()
+        optimiser.step()
+    np.testing.assert_allclose(log_theta.detach(), theta.log(), atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(3)}, r"bias has shape \(3,\); \(53,\) is needed"),
+        ({"hidden": torch.zeros(36, 8)}, r"hidden has shape \(36, 8\); \(37, 8\) is needed"),
+        ({"weight": torch.zeros(54, 8)}, r"weight has shape \(54, 8\); \(53, 8\) is needed"),
+        ({"log_size": torch.zeros(37, 1)}, r"log_size has shape \(37, 1\); \(37,\) is needed"),
+        ({"theta": torch.zeros(2, 53)}, r"theta has shape \(2, 53\); \(1, 53\) is needed"),
+        ({"group": torch.zeros(3, dtype=torch.int64)}, r"group has shape \(3,\); \(37,\) is needed"),
+        ({"link": "exp"}, "link='exp' is not known. Use one of: 'softmax', 'softplus'"),
+    ],
+    ids=["bias", "hidden", "weight", "log_size", "theta_without_group", "group", "link"],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    counts, parameters, _ = make()
+    arguments = dict(zip(NAMES, parameters, strict=True)) | {"x": rows(counts)} | change
+    with pytest.raises(InvalidArgumentError, match=message):
+        negative_binomial_output(**arguments)

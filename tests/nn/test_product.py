@@ -1,0 +1,102 @@
+"""Sparse rows times a matrix against scipy and against dense arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn import compiled as module
+from cellstill.nn import product
+from cellstill.nn.compiled import compiled, kernels, share_out
+from cellstill.nn.product import sparse_pays, sparse_product
+from cellstill.nn.sparse import CSRRows
+
+CPU = torch.device("cpu")
+
+
+def rows(counts, index=torch.int32) -> CSRRows:
+    parts = (torch.from_numpy(counts.data), *(torch.from_numpy(p).to(index) for p in (counts.indices, counts.indptr)))
+    return CSRRows(*parts, counts.shape[1])
+
+
+@pytest.fixture
+def counts():
+    counts = sp.random(31, 70, 0.1, format="csr", dtype=np.float32, random_state=0)
+    return sp.csr_matrix(counts.multiply((np.arange(31) != 4)[:, None]))  # with an empty cell
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("large", [False, True], ids=["matrix_in_cache", "matrix_beyond_cache"])
+@pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_product_and_gradient(counts, index, large, mode, n_threads, monkeypatch):
+    monkeypatch.setattr(product, "_LARGE", 0 if large else 1 << 20)
+    monkeypatch.setattr(module, "_MIN_SHARE", 1)
+    matrix = torch.randn(70, 9, requires_grad=True)
+    outer = torch.randn(31, 9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        with compiled(mode):
+            found = sparse_product(rows(counts, index), matrix)
+            found.backward(outer)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found.detach(), counts @ matrix.detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(matrix.grad, counts.T @ outer.numpy(), rtol=1e-5, atol=1e-6)
+    assert not found[4].any(), "an empty row is a row"
+
+
+def test_density_and_size_decide():
+    dense = sp.random(20, 50, 0.5, format="csr", dtype=np.float32, random_state=0)
+    sparse = sp.random(20, 50, 0.2, format="csr", dtype=np.float32, random_state=0)
+    small, large = torch.empty(50, 8), torch.empty(1 << 18, 8)
+    assert not sparse_pays(rows(dense), small)
+    assert sparse_pays(rows(sparse), small)
+    assert not sparse_pays(rows(sparse), large)
+
+
+def test_the_choice_depends_on_the_arguments_alone():
+    assert kernels(CPU) is None
+    with compiled("auto", n_values=module.WORTH_COMPILING - 1):
+        assert kernels(CPU) is None
+    with compiled("auto", n_values=module.WORTH_COMPILING):
+        loops = kernels(CPU)
+        assert loops is not None
+        with compiled(False):
+            assert kernels(CPU) is None
+        assert kernels(CPU) is loops
+        assert kernels(torch.device("cuda")) is None
+    assert kernels(CPU) is None
+    with compiled(True):
+        assert kernels(CPU) is loops
+
+
+@pytest.mark.parametrize("mode", ["yes", None, 2])
+def test_another_mode_is_refused(mode):
+    with (
+        pytest.raises(InvalidArgumentError, match="compile=.* is not known. Use one of: True, False, 'auto'"),
+        compiled(mode),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("n", "n_values"), [(10, 1 << 20), (3, 1 << 30), (7, 0)])
+def test_ranges_cover_everything_once(n, n_values, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    ranges = share_out(lambda start, stop: list(range(start, stop)), n, n_values)
+    assert [i for found in ranges for i in found] == list(range(n))
+    assert len(ranges) == (1 if n_values == 0 else min(4, n))
+
+
+def test_an_error_in_a_thread_comes_back(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def fail(start, stop):
+        raise ValueError(f"rows {start} to {stop}")
+
+    with pytest.raises(ValueError, match="rows"):
+        share_out(fail, 4, 1 << 20)

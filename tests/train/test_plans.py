@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from lightning.pytorch import Trainer
+
+from cellstill.errors import InvalidArgumentError, TrainingError
+from cellstill.train import CountsDataModule, Loss, Plan, fit, seeded
+from cellstill.train.plans import LossSums
+
+
+def test_a_record_and_the_loss_of_each_cell_train_the_same_way(new_line, data, loaders):
+    class Recorded(new_line):
+        def loss(self, batch):
+            per_cell = super().loss(batch)
+            terms = {"square": per_cell.detach().sum(), "bias": self.linear.bias.detach().sum() * len(per_cell)}
+            return Loss(per_cell.mean(), None, len(per_cell), terms)
+
+    first = new_line()
+    second = Recorded()
+    second.load_state_dict(first.state_dict())
+    settings = {"max_epochs": 4, "lr": 0.1, "accelerator": "cpu"}
+    plain, recorded = fit(first, *loaders(data), **settings), fit(second, *loaders(data), **settings)
+    assert torch.equal(first.linear.weight, second.linear.weight)
+    assert list(recorded.columns) == [
+        "train_loss",
+        "validation_loss",
+        "train_square",
+        "train_bias",
+        "validation_square",
+        "validation_bias",
+    ]
+    np.testing.assert_array_equal(recorded[plain.columns], plain)
+    np.testing.assert_allclose(recorded["train_square"], recorded["train_loss"], rtol=1e-6)
+    np.testing.assert_allclose(recorded["validation_square"], recorded["validation_loss"], rtol=1e-6)
+    # The bias at the end of an epoch is what validation sees.
+    assert recorded["validation_bias"].iloc[recorded["validation_loss"].argmin()] == pytest.approx(
+        second.linear.bias.item()
+    )
+
+
+def test_a_loss_of_another_shape_is_refused(new_line, data, loaders):
+    class Mean(new_line):
+        def loss(self, batch):
+            return super().loss(batch).mean()
+
+    with pytest.raises(InvalidArgumentError, match=r"Mean\.loss returned a tensor of shape \(\)"):
+        fit(Mean(), *loaders(data), max_epochs=1, accelerator="cpu")
+
+
+def test_a_module_without_anything_to_train_is_refused(new_line, data, loaders):
+    with pytest.raises(InvalidArgumentError, match="Line has no parameter that requires a gradient"):
+        fit(new_line().requires_grad_(False), *loaders(data), max_epochs=1, accelerator="cpu")
+
+
+def test_sums_are_kept_in_float64():
+    sums = LossSums()
+    for _ in range(1000):
+        sums.add(Loss(torch.tensor(0.1), None, 3, {"a": torch.tensor(0.3)}))
+    assert sums.pop("train") == pytest.approx({"train_loss": np.float32(0.1), "train_a": np.float32(0.1)}, rel=1e-12)
+    assert sums.pop("train") == {}
+    assert sums.is_finite()
+
+
+def test_fit_takes_the_steps_of_a_loop_written_by_hand(new_noisy, data, loaders):
+    settings = {"lr": 0.01, "weight_decay": 0.1}
+    with seeded(1):
+        module = new_noisy()
+        by_hand = copy.deepcopy(module)
+        train, _ = loaders(data)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in by_hand.named_parameters() if name != "scale"], **settings},
+                {"params": [by_hand.scale], "lr": 0.1, "weight_decay": 0.0},
+            ],
+            fused=True,
+        )
+        torch.manual_seed(2)
+        for _ in range(3):
+            for batch in train:
+                optimizer.zero_grad()
+                by_hand.loss(batch).total.backward()
+                # Last bits of the norm depend on the order of its terms.
+                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.5)
+                optimizer.step()
+        torch.manual_seed(2)
+        fit(module, loaders(data)[0], max_epochs=3, patience=None, gradient_clip=0.5, accelerator="cpu", **settings)
+    # Without validation the training loss chooses; it falls from epoch to epoch here.
+    for name, tensor in by_hand.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+def trainer(**settings):
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+def test_a_lightning_trainer_follows_the_plan_to_the_same_weights(new_noisy, data, loaders):
+    train, validation = loaders(data)
+    with seeded(0):
+        module, expected = new_noisy(), new_noisy()
+        expected.load_state_dict(module.state_dict())
+        torch.manual_seed(1)
+        history = fit(expected, *loaders(data), max_epochs=3, patience=None, kl_warmup=7, accelerator="cpu")
+        torch.manual_seed(1)
+        ours = trainer(max_epochs=3)
+        ours.fit(Plan(module, kl_warmup=7), train, validation)
+    assert history["validation_loss"].argmin() == 2
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    logged = {name: value.item() for name, value in ours.callback_metrics.items()}
+    assert logged == pytest.approx(history.iloc[-1].to_dict(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero.*", "ignore:.*LeafSpec.*is deprecated")
+def test_a_lightning_trainer_stops_at_a_loss_that_is_not_finite(new_line, data):
+    data["y"][3] = np.nan
+    module = CountsDataModule(sp.csr_matrix(np.ones((200, 2))), data, train_size=1.0)
+    with pytest.raises(TrainingError, match="train_loss is nan in epoch 0"):
+        trainer(max_epochs=3).fit(Plan(new_line()), datamodule=module)
