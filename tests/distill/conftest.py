@@ -11,13 +11,14 @@ from cellstill.errors import CellstillWarning
 from cellstill.teachers import HarmonyTeacher
 
 
-def train(adata: AnnData, *, epochs: tuple[int, int] = (30, 60), **settings) -> Distiller:
+def train(adata: AnnData, *, epochs: tuple[int, int] = (30, 60), batch_size: int = 256, **settings) -> Distiller:
     """A small model; that Harmony stopped at its cap is tested elsewhere."""
     defaults = {"batch_key": "batch", "n_latent": 15, "teacher": HarmonyTeacher(max_iter=10)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Harmony stopped at max_iter", category=CellstillWarning)
         model = Distiller(adata, **{**defaults, **settings})
-        return model.train(*epochs, train_size=0.8, validation_size=0.1, accelerator="cpu", progress=False)
+        shares = {"train_size": 0.8, "validation_size": 0.1}
+        return model.train(*epochs, batch_size=batch_size, accelerator="cpu", progress=False, **shares)
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +39,5 @@ def simulated() -> AnnData:
 
 @pytest.fixture(scope="session")
 def model(simulated) -> Distiller:
-    return train(simulated.copy(), labels_key="cell_type", covariate_keys=["condition"])
+    # 1,200 cells are few steps in an epoch of the default batch size: dispersions would not arrive.
+    return train(simulated.copy(), batch_size=64, labels_key="cell_type", covariate_keys=["condition"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from cellstill.nn.dropout import drop
 from cellstill.nn.product import sparse_pays, sparse_product
 from cellstill.nn.sparse import CSRRows
 
@@ -98,5 +99,5 @@ class MLP(nn.Module):
             # Zeros stay zero whatever is dropped, so only the non-zeros are drawn.
             if mask is not None:
                 return x._replace(data=x.data * mask[x.indices])
-            return x._replace(data=nn.functional.dropout(x.data, p, self.training))
+            return x._replace(data=drop(x.data, p, self.training))
         return nn.functional.dropout(x, p, self.training) if mask is None else x * mask

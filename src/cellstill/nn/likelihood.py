@@ -12,7 +12,6 @@ parts where they change sign; those of zeros are exact to 6e-5 in float32 and 1e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.sparse import CSRRows
-from cellstill.nn.special import (
-    digamma_difference,
-    digamma_excess,
-    log1p_excess,
-    log_factorial,
-    log_rising_factorial,
-    stirling_error,
-)
+from cellstill.nn.special import digamma_excess, log1p_excess, stirling_error
+from cellstill.nn.stored import Stored
 
-# Entries that a thread of a CPU works on at once: the dozen arrays of stored counts, or four dense ones, fit its cache.
-_PART, _BLOCK = 2**15, 2**16
 # Share below which a derivative is a series of four terms, exact there to 2e-5 in float32 and 3e-11 in float64.
 _SERIES_BOUND = {torch.float32: 0.09, torch.float64: 0.003}
 
@@ -148,7 +139,7 @@ class _GammaPoisson(torch.autograd.Function):
         group: torch.Tensor | None,
         differentiable: bool,
     ) -> torch.Tensor:
-        stored = _Stored.of(x, group)
+        stored = Stored.of(x, group)
         log_pmf, value = torch.empty_like(x.data), mean.new_empty(x.n_rows)
         wants = [differentiable and needed for needed in ctx.needs_input_grad[1:4]]
         derivatives = [torch.empty_like(x.data) if wanted else None for wanted in wants]
@@ -211,7 +202,7 @@ class _Poisson(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: CSRRows, mean: torch.Tensor, differentiable: bool) -> torch.Tensor:
-        stored = _Stored.of(x)
+        stored = Stored.of(x)
         log_pmf, value = torch.empty_like(x.data), mean.new_empty(x.n_rows)
         d_mean = torch.empty_like(x.data) if differentiable and ctx.needs_input_grad[1] else None
         for part in stored.parts():
@@ -333,110 +324,6 @@ def _inflated_log_zero(log_zero: torch.Tensor, logits: torch.Tensor) -> torch.Te
     return likely.add_(unlikely.add_(math.log(2)).clamp_(max=0))
 
 
-class _Part(NamedTuple):
-    """Some stored counts, with their places in flat arrays of cells by genes and of groups by genes."""
-
-    stored: slice
-    counts: torch.Tensor
-    genes: torch.Tensor
-    where: torch.Tensor
-    grouped: torch.Tensor | None
-
-    def take(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Values of a parameter by gene or by entry."""
-        if parameter.dim() == 1:
-            return parameter.index_select(0, self.genes)
-        return parameter.view(-1).index_select(0, self.where)
-
-    def take_grouped(self, parameter: torch.Tensor) -> torch.Tensor:
-        """As :meth:`take`, but by group and gene if there are groups."""
-        return self.take(parameter) if self.grouped is None else parameter.view(-1).index_select(0, self.grouped)
-
-
-class _Block(NamedTuple):
-    """Some rows, with the places of their stored counts in a flat array of these rows."""
-
-    rows: slice
-    stored: slice
-    where: torch.Tensor
-    is_zero: torch.Tensor
-    group: torch.Tensor | None
-
-    def take(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Values of a parameter by gene or by entry, to be broadcast against the rows."""
-        return parameter if parameter.dim() == 1 else parameter[self.rows]
-
-    def take_grouped(self, parameter: torch.Tensor) -> torch.Tensor:
-        """As :meth:`take`, but by group and gene if there are groups."""
-        return self.take(parameter) if self.group is None else parameter.index_select(0, self.group)
-
-    def put(self, values: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-        """Write values of stored counts over the terms of zeros, in place. Explicit zeros keep their terms."""
-        flat = terms.view(-1)
-        kept = flat.index_select(0, self.where)
-        flat.index_copy_(0, self.where, values[self.stored].lerp(kept, self.is_zero))
-        return terms
-
-    def add(self, terms: torch.Tensor, total: torch.Tensor) -> None:
-        """Add gradients of entries to that of a parameter by gene or by entry."""
-        if total.dim() == 1:
-            total += terms.sum(dim=0)
-        else:
-            total[self.rows] = terms
-
-    def add_grouped(self, terms: torch.Tensor, total: torch.Tensor) -> None:
-        """As :meth:`add`, but by group and gene if there are groups."""
-        if self.group is None:
-            self.add(terms, total)
-        else:
-            total.index_add_(0, self.group, terms)
-
-
-class _Stored(NamedTuple):
-    """The stored counts of a minibatch and their places. Explicit zeros are replaced by ones, to be ignored later.
-
-    Work is cut into pieces that stay in a CPU's cache; another device, which would wait at each cut, gets all at once.
-    """
-
-    x: CSRRows
-    group: torch.Tensor | None
-    counts: torch.Tensor
-    is_zero: torch.Tensor
-    where: torch.Tensor
-    grouped: torch.Tensor | None
-
-    @classmethod
-    def of(cls, x: CSRRows, group: torch.Tensor | None = None) -> _Stored:
-        rows = x.row_of_nonzeros()
-        is_zero = 1 - x.data.sign()
-        where = torch.add(x.indices, rows, alpha=x.n_vars)
-        grouped = None if group is None else torch.add(x.indices, group.index_select(0, rows), alpha=x.n_vars)
-        return cls(x, group, x.data + is_zero, is_zero, where, grouped)
-
-    def parts(self) -> Iterator[_Part]:
-        """Cut the stored counts, wherever rows end."""
-        total = len(self.counts)
-        for stored in self._slices(total, _PART):
-            grouped = None if self.grouped is None else self.grouped[stored]
-            yield _Part(stored, self.counts[stored], self.x.indices[stored], self.where[stored], grouped)
-
-    def blocks(self) -> Iterator[_Block]:
-        """Cut the rows."""
-        x = self.x
-        slices = self._slices(x.n_rows, _BLOCK // max(1, x.n_vars))
-        bounds = [0, len(x.data)]
-        if len(slices) > 1:
-            bounds = x.indptr[[rows.start for rows in slices] + [x.n_rows]].tolist()
-        for rows, start, stop in zip(slices, bounds, bounds[1:], strict=False):
-            where = self.where[start:stop] - rows.start * x.n_vars
-            group = None if self.group is None else self.group[rows]
-            yield _Block(rows, slice(start, stop), where, self.is_zero[start:stop], group)
-
-    def _slices(self, total: int, length: int) -> list[slice]:
-        length = max(1, length * torch.get_num_threads()) if self.counts.device.type == "cpu" else max(1, total)
-        return [slice(start, min(start + length, total)) for start in range(0, total, length)]
-
-
 def _in_one_precision(x: CSRRows, *dense: torch.Tensor) -> tuple[Any, ...]:
     """Bring all to the widest precision of the parameters, at least float32, and parameters in order in memory."""
     dtype = torch.float32
@@ -482,73 +369,3 @@ def _check_zero_logits(x: CSRRows, zero_logits: torch.Tensor) -> None:
             f"zero_logits has shape {tuple(zero_logits.shape)}, but x has {x.n_rows} cells and {x.n_vars} genes. "
             f"Pass shape ({x.n_rows}, {x.n_vars}), one per entry, or ({x.n_vars},), one per gene."
         )
-
-
-def nb_log_likelihood(
-    x: CSRRows, log_rate: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor
-) -> torch.Tensor:
-    r"""Negative binomial log-likelihood of each cell, summed over genes.
-
-    .. math::
-        \log p(x) = \log\Gamma(x+\theta) - \log\Gamma(\theta) - \log x!
-        - \theta \log(1 + \mu/\theta) + x \log\frac{\mu}{\mu+\theta}, \qquad \mu = \ell\rho
-
-    For ``x = 0`` only the fourth term remains. It alone is computed for every entry; the others are computed on the
-    non-zeros, and are zero on explicit zeros. The gradients are written out rather than recorded.
-
-    Parameters
-    ----------
-    x
-        Counts, ``n`` rows.
-    log_rate
-        Logarithm of the expected proportions :math:`\rho`, shape ``(n, n_vars)``.
-    log_library
-        Logarithm of the library size, shape ``(n,)``.
-    log_theta
-        Logarithm of the inverse dispersion per gene, shape ``(n_vars,)``. Larger theta is closer to Poisson.
-
-    Returns
-    -------
-    Shape ``(n,)``. Differentiable in all but the counts.
-    """
-    varying, constant = _NegativeBinomial.apply(x, log_rate + log_library[:, None], log_theta), log_factorial(x.data)
-    return varying - x.sum_rows(constant)
-
-
-class _NegativeBinomial(torch.autograd.Function):
-    """All terms of the log-likelihood that depend on mean or theta."""
-
-    @staticmethod
-    def forward(ctx: Any, x: CSRRows, log_mean: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
-        theta = log_theta.exp()
-        log_ratio = log_mean - log_theta
-        # theta log(1 + mu / theta); softplus(log(mu / theta)) is the same without overflow.
-        at_zero = torch.nn.functional.softplus(log_ratio, threshold=30)
-        share = log_ratio.sigmoid_()
-        value = -(at_zero @ theta)
-
-        rows = x.row_of_nonzeros()
-        where = rows * x.n_vars + x.indices
-        share_nz = share.view(-1)[where]
-        theta_nz = theta[x.indices]
-        # log(mu / (mu + theta)) at the non-zeros, from what is there already.
-        log_share = log_mean.reshape(-1)[where] - log_theta[x.indices] - at_zero.view(-1)[where]
-        value += x.sum_rows(x.data * log_share + log_rising_factorial(x.data, theta_nz))
-        ctx.save_for_backward(at_zero, share, theta, theta_nz, share_nz, rows, where)
-        ctx.x = x
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor | None]:
-        at_zero, share, theta, theta_nz, share_nz, rows, where = ctx.saved_tensors
-        x, grad = ctx.x, grads[0]
-        rest = x.data * (1 - share_nz) * grad[rows]
-        grad_theta = None
-        if ctx.needs_input_grad[2]:
-            at_nonzero = digamma_difference(x.data, theta_nz) * grad[rows]
-            grad_theta = theta * (grad @ share - grad @ at_zero)
-            grad_theta.index_add_(0, x.indices, theta_nz * at_nonzero - rest)
-        grad_mean = share * (-theta)
-        grad_mean *= grad[:, None]
-        grad_mean.view(-1).index_add_(0, where, rest)
-        return None, grad_mean, grad_theta

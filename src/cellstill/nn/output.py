@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError, check_option
@@ -109,25 +110,25 @@ class _NegativeBinomialOutput(torch.autograd.Function):
         device = hidden.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         with torch.autocast(device, enabled=False):
-            low = hidden.to(precision), weight.to(precision)
-            grads = [torch.zeros_like(tensor) if tensor.requires_grad else None for tensor in (hidden, weight)]
-            cells = _Cells(
-                x, log_size.exp(), group, cell_weight, torch.empty_like(log_size), torch.empty_like(log_size)
-            )
+            low, matrix = hidden.to(precision), weight.to(precision)
+            filled = torch.empty_like(log_size), torch.empty_like(log_size)
+            cells = _Cells(x, log_size.exp(), group, cell_weight, *filled)
             genes = _Genes(bias, theta, torch.zeros_like(bias), torch.zeros_like(theta))
-            block = _rows_kernel if kernels(hidden.device) is not None else _rows_torch
+            block = _rows_torch if kernels(hidden.device) is None else _rows_kernel
+            grad_hidden, grad_weight = [], None
             step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // x.n_vars)
             for start in range(0, x.n_rows, step):
                 rows = slice(start, start + step)
-                logits = torch.mm(low[0][rows], low[1].t()).float()
+                logits = torch.mm(low[rows], matrix.t()).float()
                 block(logits, cells.of(rows), genes, link)
                 logits = logits.to(precision)
-                if grads[0] is not None:
-                    grads[0][rows] = torch.mm(logits, low[1])
-                if grads[1] is not None:
-                    _add_product(grads[1], logits, low[0][rows])
+                if ctx.needs_input_grad[0]:
+                    grad_hidden.append(torch.mm(logits, matrix))
+                if ctx.needs_input_grad[1]:
+                    grad_weight = _add_product(grad_weight, logits.t(), low[rows])
             total = cells.value @ cell_weight
-        ctx.grads = (*grads, genes.grad_bias, cells.grad_size, genes.grad_theta)
+        of_hidden = torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None
+        ctx.grads = (of_hidden, grad_weight, genes.grad_bias, cells.grad_size, genes.grad_theta)
         ctx.mark_non_differentiable(cells.value)
         return total, cells.value
 
@@ -151,6 +152,8 @@ class _Cells(NamedTuple):
     grad_size: torch.Tensor
 
     def of(self, rows: slice) -> _Cells:
+        if rows.start == 0 and rows.stop >= self.x.n_rows:
+            return self
         return _Cells(self.x.rows(rows), *(part[rows] for part in self[1:]))
 
 
@@ -163,11 +166,11 @@ class _Genes(NamedTuple):
     grad_theta: torch.Tensor
 
 
-def _add_product(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    if logits.dtype == total.dtype:
-        total.addmm_(logits.t(), hidden)
-    else:
-        total += torch.mm(logits.t(), hidden)
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Add a product to a sum in float32."""
+    if total is None:
+        return torch.mm(left, right).float()
+    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(torch.mm(left, right))
 
 
 def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
@@ -181,17 +184,17 @@ def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link)
     filled = cells.value.numpy(), cells.grad_size.numpy()
     values = logits.numpy()
 
-    def share(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.zeros_like(genes.grad_theta), torch.zeros_like(genes.grad_bias)
+    def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        sums = np.zeros(theta.shape, np.float32), np.zeros(bias.shape, np.float32)
         loops.negative_binomial_rows(
             *(start, stop, link == "softmax", values, bias, size, theta, inverse, group, weight, *counts, *filled),
-            *(part.numpy() for part in sums),
+            *sums,
         )
         return sums
 
     for grad_theta, grad_bias in share_out(share, len(logits), logits.numel()):
-        genes.grad_theta.add_(grad_theta)
-        genes.grad_bias.add_(grad_bias)
+        genes.grad_theta.add_(torch.from_numpy(grad_theta))
+        genes.grad_bias.add_(torch.from_numpy(grad_bias))
 
 
 def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
