@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.data.covariates import CovariateDesign
 from cellstill.data.loader import CountsLoader
 from cellstill.data.pca import PCA
@@ -89,7 +90,7 @@ class Fitted:
         """Latent of cells, standardised per dimension, float32, shape ``(n, n_latent)``."""
         latent = np.empty((len(cells), len(self.center)), dtype=np.float32)
         loader = CountsLoader(cells.counts, batch_size=batch_size)
-        with torch.inference_mode():
+        with torch.inference_mode(), keeping_freed_memory():
             for start in range(0, len(cells), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(cells)))
                 batch = loader.gather(rows)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.errors import InvalidArgumentError, StoreError, check_option
 from cellstill.train.best import KeepBest
 from cellstill.train.checkpoint import describe_run, read_checkpoint
@@ -136,7 +137,7 @@ def fit(
             watching = reporting(
                 progress, phase, n_epochs=max_epochs, steps_per_epoch=len(train), start=len(run.epochs)
             )
-            with watching as reporter:
+            with watching as reporter, keeping_freed_memory():
                 run.train(reporter)
         finally:
             module.eval()
