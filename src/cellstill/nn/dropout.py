@@ -15,7 +15,7 @@ def drop(values: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     Parameters
     ----------
     values
-        Shape ``(n,)``; not differentiated through on the CPU unless it requires a gradient.
+        Shape ``(n,)``.
     p
         Probability, from 0 to below 1.
     training
