@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
-import harmonypy
 import numpy as np
 import pytest
 
 from cellstill._compat.harmony import run_harmony
-from cellstill.errors import InvalidArgumentError
 
 SETTINGS = {"n_clusters": 6, "theta": 2.0, "sigma": 0.1, "alpha": 0.2, "max_iter": 8, "tol": 1e-4, "seed": 0}
 
@@ -80,11 +77,3 @@ def test_it_is_silent_and_leaves_the_logger_alone(cells, capfd):
     run_harmony(pca, {"batch": batch}, **SETTINGS)
     assert logger.level == level
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_orientation_of_old_releases_is_refused(cells, monkeypatch):
-    pca, _, batch = cells
-    old = SimpleNamespace(Z_corr=pca.T, R=None, objective_harmony=[])
-    monkeypatch.setattr(harmonypy, "run_harmony", lambda *args, **kwargs: old)
-    with pytest.raises(InvalidArgumentError, match=r"\(6, 240\) for 240 cells x 6 components.*harmonypy >= 2\.1"):
-        run_harmony(pca, {"batch": batch}, **SETTINGS)

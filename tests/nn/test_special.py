@@ -24,7 +24,7 @@ PAIRS = np.array(list(itertools.product(COUNTS, THETA)))
 PRECISIONS = [pytest.param(torch.float32, 6e-7, id="float32"), pytest.param(torch.float64, 1.1e-14, id="float64")]
 
 
-def check(got, truth, tolerance, floor=0.0):
+def assert_near(got, truth, tolerance, floor=0.0):
     """Error relative to the truth, or to ``floor`` where that is larger."""
     for value, exact in zip(got.tolist(), truth, strict=True):
         assert abs(value - exact) <= tolerance * max(abs(exact), floor)
@@ -38,8 +38,8 @@ def of_pairs(function):
 def test_log_rising_factorial(dtype, bound):
     x, theta = torch.tensor(PAIRS.T, dtype=dtype)
     truth = of_pairs(lambda x, theta: mpmath.loggamma(x + theta) - mpmath.loggamma(theta))
-    check(log_rising_factorial(x, theta), truth, bound, floor=1)
-    check(log_rising_factorial(torch.zeros_like(theta), theta), [0] * len(truth), bound, floor=1)
+    assert_near(log_rising_factorial(x, theta), truth, bound, floor=1)
+    assert_near(log_rising_factorial(torch.zeros_like(theta), theta), [0] * len(truth), bound, floor=1)
 
 
 def test_log_rising_factorial_where_the_difference_of_log_gammas_is_lost():
@@ -52,14 +52,14 @@ def test_log_rising_factorial_where_the_difference_of_log_gammas_is_lost():
 def test_digamma_difference(dtype, bound):
     x, theta = torch.tensor(PAIRS.T, dtype=dtype)
     truth = of_pairs(lambda x, theta: mpmath.digamma(x + theta) - mpmath.digamma(theta))
-    check(digamma_difference(x, theta), truth, bound)
+    assert_near(digamma_difference(x, theta), truth, bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
 def test_digamma_excess_is_relatively_exact_where_it_is_a_billionth_of_the_difference(dtype, bound):
     x, theta = torch.tensor(PAIRS.T, dtype=dtype)
     truth = of_pairs(lambda x, theta: mpmath.digamma(x + theta) - mpmath.digamma(theta) - mpmath.log1p(x / theta))
-    check(digamma_excess(x, theta), truth, bound)
+    assert_near(digamma_excess(x, theta), truth, bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
@@ -70,14 +70,14 @@ def test_stirling_error(dtype, bound):
         for v in map(mpmath.mpf, z.tolist())
     ]
     # Absolute, as it is added to log-probabilities.
-    check(stirling_error(z), truth, bound, floor=1)
+    assert_near(stirling_error(z), truth, bound, floor=1)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
 def test_log_factorial(dtype, bound):
     x = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 10.0, 1023.0, 1024.0, 1e6], dtype=dtype)
     truth = [mpmath.loggamma(v + 1) for v in map(mpmath.mpf, x.tolist())]
-    check(log_factorial(x), truth, bound, floor=1)
+    assert_near(log_factorial(x), truth, bound, floor=1)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
@@ -88,7 +88,7 @@ def test_log1p_excess(dtype, bound):
     t = (ratio.double() - 1).to(dtype)
     exact = [v - 1 - mpmath.log(v) for v in map(mpmath.mpf, ratio.tolist())]
     # Beyond the series' bounds two numbers of 0.2 are subtracted to give 0.02, so ten roundings become a hundred.
-    check(log1p_excess(t, ratio), exact, 100 * torch.finfo(dtype).eps / 2)
+    assert_near(log1p_excess(t, ratio), exact, 100 * torch.finfo(dtype).eps / 2)
 
 
 def test_log1p_excess_knows_a_ratio_that_its_deviation_does_not():

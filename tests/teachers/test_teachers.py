@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -233,3 +234,10 @@ def test_registry():
     for teacher in (HarmonyTeacher(tol=1e-3), CombatTeacher(), LatentTeacher("X_vi"), IdentityTeacher()):
         config = teacher.to_dict()
         assert get_teacher(config["name"], **config["settings"]) == teacher
+
+
+def test_the_orientation_of_old_harmonypy_is_refused(cells, monkeypatch):
+    old = SimpleNamespace(Z_corr=cells["pca"].T, R=None, objective_harmony=[])
+    monkeypatch.setattr("harmonypy.run_harmony", lambda *args, **kwargs: old)
+    with pytest.raises(InvalidArgumentError, match=r"\(10, 1200\) for 1200 cells x 10 components.*harmonypy >= 2\.1"):
+        HarmonyTeacher().teach(inputs(cells))

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellstill.errors import InvalidArgumentError
-
 
 @dataclass(frozen=True)
 class HarmonyResult:
@@ -18,7 +16,7 @@ class HarmonyResult:
     Attributes
     ----------
     corrected
-        Corrected coordinates, shape ``(n_obs, n_comps)``.
+        Corrected coordinates, shape ``(n_obs, n_comps)``; transposed by releases before 2.0.
     memberships
         Soft memberships of the cells in the clusters, shape ``(n_obs, n_clusters)``; rows sum to 1.
     objective
@@ -65,10 +63,4 @@ def run_harmony(
         )
     finally:
         logger.setLevel(level)
-    # Before 2.0 the coordinates came transposed.
-    if found.Z_corr.shape != pca.shape:
-        raise InvalidArgumentError(
-            f"harmonypy returned shape {found.Z_corr.shape} for {pca.shape[0]} cells x {pca.shape[1]} components. "
-            "cellstill needs harmonypy >= 2.1: upgrade it."
-        )
     return HarmonyResult(found.Z_corr, found.R, np.asarray(found.objective_harmony, dtype=np.float64))

@@ -84,6 +84,11 @@ class HarmonyTeacher(Teacher):
             seed=inputs.seed,
         )
         corrected = result.corrected
+        if corrected.shape != inputs.pca.shape:
+            raise InvalidArgumentError(
+                f"harmonypy returned shape {corrected.shape} for {n_obs} cells x {inputs.pca.shape[1]} components. "
+                "cellstill needs harmonypy >= 2.1: upgrade it."
+            )
         if inputs.design.keys:
             batch = np.eye(inputs.batch.max() + 1)[inputs.batch]
             covariates = inputs.design.encode(inputs.obs)
