@@ -247,3 +247,25 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     arguments = dict(zip(NAMES, parameters, strict=True)) | {"x": rows(counts)} | change
     with pytest.raises(InvalidArgumentError, match=message):
         negative_binomial_output(**arguments)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan], ids=["nan", "negative_nan"])
+def test_a_single_logit_that_is_not_a_number_shows(bad):
+    counts, (hidden, weight, bias, log_size, theta), _ = make()
+    weight[7, 0] = bad
+    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
+    assert not torch.isfinite(value).any()
+
+
+def test_without_gradients_their_products_are_left_out(monkeypatch):
+    counts, (hidden, weight, bias, log_size, theta), _ = make()
+    weight.requires_grad_()
+    n_products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args: n_products.append(1) or mm(*args))
+    with torch.no_grad():
+        without = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)[1]
+    assert len(n_products) == 1
+    torch.testing.assert_close(
+        without, negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)[1]
+    )
+    assert len(n_products) == 3

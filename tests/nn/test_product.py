@@ -100,3 +100,11 @@ def test_an_error_in_a_thread_comes_back(monkeypatch):
 
     with pytest.raises(ValueError, match="rows"):
         share_out(fail, 4, 1 << 20)
+
+
+def test_without_gradients_the_columns_are_not_ordered(counts, monkeypatch):
+    matrix = torch.randn(70, 9, requires_grad=True)
+    with_gradient = sparse_product(rows(counts), matrix)
+    monkeypatch.setattr(product, "_columns", lambda x: pytest.fail("ordered for a gradient that nobody wants"))
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_product(rows(counts), matrix), with_gradient.detach())

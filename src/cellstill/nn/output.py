@@ -90,7 +90,9 @@ def negative_binomial_output(
         _check_shape("theta", theta, (len(theta), n_vars))
         _check_shape("group", group, (n,))
     cell_weight = torch.ones_like(log_size) if cell_weight is None else cell_weight
-    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, link)
+    # Inside, needs_input_grad does not say whether gradients are recorded at all.
+    recorded = torch.is_grad_enabled()
+    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, link, recorded)
 
 
 class _NegativeBinomialOutput(torch.autograd.Function):
@@ -106,6 +108,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
         group: torch.Tensor,
         cell_weight: torch.Tensor,
         link: Link,
+        recorded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -122,9 +125,9 @@ class _NegativeBinomialOutput(torch.autograd.Function):
                 logits = torch.mm(low[rows], matrix.t()).float()
                 block(logits, cells.of(rows), genes, link)
                 logits = logits.to(precision)
-                if ctx.needs_input_grad[0]:
+                if recorded and ctx.needs_input_grad[0]:
                     grad_hidden.append(torch.mm(logits, matrix))
-                if ctx.needs_input_grad[1]:
+                if recorded and ctx.needs_input_grad[1]:
                     grad_weight = _add_product(grad_weight, logits.t(), low[rows])
             total = cells.value @ cell_weight
         of_hidden = torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None
@@ -138,7 +141,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
             grad.mul_(outer[0]) if grad is not None and needed else None
             for grad, needed in zip(ctx.grads, ctx.needs_input_grad[:5], strict=True)
         ]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _Cells(NamedTuple):

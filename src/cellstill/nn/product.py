@@ -32,16 +32,16 @@ def sparse_product(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     Differentiable in the matrix; its gradient is the product of the rows' transpose. Computed in float32, whatever
     autocast says.
     """
-    return _SparseProduct.apply(matrix, x)
+    # Inside, needs_input_grad does not say whether gradients are recorded at all.
+    return _SparseProduct.apply(matrix, x, torch.is_grad_enabled() and matrix.requires_grad)
 
 
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, x: CSRRows) -> torch.Tensor:
-        loops = kernels(matrix.device) if matrix.numel() > _LARGE else None
-        columns = _columns(x) if loops is not None or ctx.needs_input_grad[0] else None
-        ctx.columns = columns
-        if loops is None or columns is None:
+    def forward(ctx: Any, matrix: torch.Tensor, x: CSRRows, recorded: bool) -> torch.Tensor:
+        loops = kernels(matrix.device) if recorded and matrix.numel() > _LARGE else None
+        ctx.columns = columns = _columns(x) if recorded else ()
+        if loops is None:
             return _weighted_sums(matrix, x.data, x.indices, x.indptr)
         # The matrix is read once, from the first row to the last; the product stays in the cache.
         product = matrix.new_zeros(x.n_rows, matrix.shape[1])
@@ -50,8 +50,8 @@ class _SparseProduct(torch.autograd.Function):
         return product
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _weighted_sums(grads[0].contiguous(), *ctx.columns), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _weighted_sums(grads[0].contiguous(), *ctx.columns), None, None
 
 
 def _weighted_sums(
