@@ -1,0 +1,247 @@
+"""Negative binomial counts whose mean is native expression plus a background, times a scaling of each feature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.fused import fused_output
+from cellstill.nn.sparse import CSRRows
+from cellstill.nn.special import digamma_difference, log_factorial, log_rising_factorial
+
+_CACHED = 1 << 18
+"""Entries over which torch's operations stay in the cache of a core."""
+
+
+def background_output(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x: CSRRows,
+    log_size: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    group: torch.Tensor | None = None,
+    log_background: torch.Tensor | None = None,
+    background_group: torch.Tensor | None = None,
+    log_amount: torch.Tensor | None = None,
+    log_scaling: torch.Tensor | None = None,
+    scaling_group: torch.Tensor | None = None,
+    cell_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Negative binomial log-likelihood of counts, with a softplus decoder, ambient background and feature scaling.
+
+    .. math::
+        x_{nf} \sim \mathrm{NB}(\mu_{nf}, \theta_{f}), \qquad
+        \mu_{nf} = l_n \left(\mathrm{softplus}(W h_n + b)_f + a_n e^{\beta_f}\right) y_f
+
+    with :math:`\theta, \beta, y` of the cell's groups. The last layer of the decoder and the likelihood are one
+    function (:func:`~cellstill.nn.fused.fused_output`).
+
+    Parameters
+    ----------
+    hidden
+        Shape ``(n, n_hidden)``.
+    weight, bias
+        Shapes ``(n_vars, n_hidden)`` and ``(n_vars,)``.
+    x
+        Counts, ``n`` rows.
+    log_size
+        Logarithm of :math:`l` per cell, shape ``(n,)``.
+    theta
+        Inverse dispersion, shape ``(n_vars,)``, or ``(n_groups, n_vars)`` with ``group``. Larger is closer to Poisson.
+    group
+        Row of ``theta`` for each cell, integers of shape ``(n,)``.
+    log_background, background_group
+        :math:`\beta`, the logarithm of the background, as ``theta`` and ``group``. ``None`` leaves it out.
+    log_amount
+        Logarithm of a cell's own factor :math:`a` of the background, shape ``(n,)``; ``None`` is 0.
+    log_scaling, scaling_group
+        :math:`\log y`, as ``theta`` and ``group``. ``None`` leaves it out.
+    cell_weight
+        Weight of each cell in the total, shape ``(n,)``, not differentiated; ``None`` weighs all by 1.
+
+    Returns
+    -------
+    Weighted sum over cells, differentiable in all but the counts, groups and weights; and the log-likelihood of each
+    cell, shape ``(n,)``, without gradient. Both float32.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Shapes that do not fit.
+    """
+    n = x.n_rows
+    _check_shape("hidden", hidden, (n, weight.shape[1]))
+    _check_shape("weight", weight, (x.n_vars, weight.shape[1]))
+    _check_shape("bias", bias, (x.n_vars,))
+    _check_shape("log_size", log_size, (n,))
+    if log_amount is not None:
+        _check_shape("log_amount", log_amount, (n,))
+    likelihood = _Background(
+        x,
+        log_size.detach().exp(),
+        bias.detach(),
+        _by_group("theta", theta, "group", group, x, 1.0),
+        _by_group("log_background", log_background, "background_group", background_group, x, -torch.inf).exp(),
+        torch.ones_like(log_size) if log_amount is None else log_amount.detach().exp(),
+        _by_group("log_scaling", log_scaling, "scaling_group", scaling_group, x, 0.0).exp(),
+        torch.ones_like(log_size) if cell_weight is None else cell_weight,
+    )
+    return fused_output(hidden, weight, likelihood, (bias, log_size, theta, log_background, log_amount, log_scaling))
+
+
+class _ByGroup(NamedTuple):
+    """A parameter by group and feature, the group of each cell, and the parameter's gradient, which is added to."""
+
+    values: torch.Tensor
+    group: torch.Tensor
+    grad: torch.Tensor
+    shape: tuple[int, ...] | None
+
+    def exp(self) -> _ByGroup:
+        return self._replace(values=self.values.exp())
+
+    def of(self, rows: slice) -> torch.Tensor:
+        """Values of some cells; one row where there is a single group."""
+        return self.values if len(self.values) == 1 else self.values[self.group[rows]]
+
+    def add(self, terms: torch.Tensor, rows: slice) -> None:
+        """Add terms of some cells, which may be overwritten, to the gradient."""
+        if len(self.values) == 1:
+            self.grad[0].add_(terms.sum(dim=0))
+        else:
+            self.grad.index_add_(0, self.group[rows], terms)
+
+    def gradient(self) -> torch.Tensor | None:
+        return None if self.shape is None else self.grad.view(self.shape)
+
+
+def _by_group(
+    name: str, values: torch.Tensor | None, group_name: str, group: torch.Tensor | None, x: CSRRows, absent: float
+) -> _ByGroup:
+    shape = None if values is None else tuple(values.shape)
+    values = torch.full((1, x.n_vars), absent, device=x.data.device) if values is None else values.detach()
+    values = (values if values.ndim == 2 else values[None]).contiguous()
+    if group is None:
+        _check_shape(name, values, (1, x.n_vars))
+        group = torch.zeros(x.n_rows, dtype=torch.int64, device=values.device)
+    else:
+        _check_shape(name, values, (len(values), x.n_vars))
+        _check_shape(group_name, group, (x.n_rows,))
+    return _ByGroup(values, group, torch.zeros_like(values), shape)
+
+
+class _Background:
+    """The distribution of :func:`background_output`, as a :class:`~cellstill.nn.fused.FusedLikelihood`."""
+
+    def __init__(
+        self,
+        x: CSRRows,
+        size: torch.Tensor,
+        bias: torch.Tensor,
+        theta: _ByGroup,
+        background: _ByGroup,
+        amount: torch.Tensor,
+        scaling: _ByGroup,
+        weight: torch.Tensor,
+    ) -> None:
+        self.n_rows, self.n_vars = x.n_rows, x.n_vars
+        self.x, self.size, self.bias, self.amount, self.weight = x, size, bias, amount, weight
+        self.theta, self.background, self.scaling = theta, background, scaling
+        self.value, self.grad_size, self.grad_amount = (torch.empty_like(size) for _ in range(3))
+        self.grad_bias = torch.zeros_like(bias)
+
+    def gradients(self) -> Sequence[torch.Tensor | None]:
+        of_background = self.background.gradient()
+        return (
+            self.grad_bias,
+            self.grad_size,
+            self.theta.gradient(),
+            of_background,
+            None if of_background is None else self.grad_amount,
+            self.scaling.gradient(),
+        )
+
+    def rows(self, logits: torch.Tensor, rows: slice) -> None:
+        if kernels(logits.device) is not None:
+            self._rows_compiled(logits, rows)
+            return
+        step = len(logits) if logits.is_cuda else max(1, _CACHED // self.n_vars)
+        for start in range(0, len(logits), step):
+            part = slice(start, min(start + step, len(logits)))
+            self._rows_in_cache(logits[part], slice(rows.start + part.start, rows.start + part.stop))
+
+    def _rows_compiled(self, logits: torch.Tensor, rows: slice) -> None:
+        from cellstill.nn._background_kernels import background_rows
+
+        x = self.x if len(logits) == self.n_rows else self.x.rows(rows)
+        grouped = (self.theta, self.background, self.scaling)
+        theta, background, scaling = (part.values.numpy() for part in grouped)
+        groups = [part.group[rows].numpy() for part in grouped]
+        cells = [part[rows].numpy() for part in (self.size, self.amount, self.weight)]
+        filled = [part[rows].numpy() for part in (self.value, self.grad_size, self.grad_amount)]
+        counts = x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()
+        values, bias = logits.numpy(), self.bias.numpy()
+        inverse = self.theta.values.reciprocal().numpy()
+
+        def share(start: int, stop: int) -> list[np.ndarray]:
+            sums = [np.zeros(part.shape, np.float32) for part in (theta, background, scaling, bias)]
+            background_rows(
+                *(start, stop, values, bias, cells[0], theta, inverse, groups[0], background, groups[1], cells[1]),
+                *(scaling, groups[2], cells[2], *counts, *filled, *sums),
+            )
+            return sums
+
+        totals = [part.grad for part in grouped] + [self.grad_bias]
+        for sums in share_out(share, len(logits), logits.numel()):
+            for total, added in zip(totals, sums, strict=True):
+                total.add_(torch.from_numpy(added))
+
+    def _rows_in_cache(self, logits: torch.Tensor, rows: slice) -> None:
+        x = self.x if len(logits) == self.n_rows else self.x.rows(rows)
+        weight, theta = self.weight[rows, None], self.theta.of(rows)
+        logits += self.bias
+        native = torch.nn.functional.softplus(logits)
+        added = self.amount[rows, None] * self.background.of(rows)
+        means = native.add_(added)
+        slope = torch.sigmoid(logits).div_(means)
+        from_background = added.div_(means)
+        means *= self.scaling.of(rows) * self.size[rows, None]
+        ratio = means / theta
+        at_zero = torch.log1p(ratio)
+        ratio /= 1 + ratio
+        value = (at_zero * theta).sum(dim=1).neg_()
+        grads = torch.mul(ratio, theta, out=logits).neg_()
+        self.theta.add((ratio - at_zero).mul_(weight), rows)
+
+        cell = x.row_of_nonzeros()
+        where = cell * x.n_vars + x.indices
+        group = self.theta.group[rows][cell]
+        theta_at, mean_at = self.theta.values[group, x.indices], means.view(-1)[where]
+        rest = x.data / (theta_at + mean_at)
+        term = log_rising_factorial(x.data, theta_at) - log_factorial(x.data)
+        term += x.data * (mean_at / (theta_at + mean_at)).log()
+        self.value[rows] = value + x.sum_rows(term)
+        grads.view(-1).index_add_(0, where, rest * theta_at)
+        at_theta = (digamma_difference(x.data, theta_at) - rest).mul_(self.weight[rows][cell])
+        self.theta.grad.view(-1).index_add_(0, group * x.n_vars + x.indices, at_theta)
+
+        self.grad_size[rows] = grads.sum(dim=1) * self.weight[rows]
+        grads *= weight
+        self.scaling.add(grads, rows)
+        from_background *= grads
+        self.background.add(from_background, rows)
+        self.grad_amount[rows] = from_background.sum(dim=1)
+        grads *= slope
+        self.grad_bias.add_(grads.sum(dim=0))
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise InvalidArgumentError(f"{name} has shape {tuple(tensor.shape)}; {expected} is needed.")

@@ -1,0 +1,111 @@
+"""The last layer of a decoder and its likelihood as one function: means are made, used and dropped in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Entries, cells x genes, of a block of logits."""
+
+
+class FusedLikelihood(Protocol):
+    """Counts of a minibatch and what their distribution needs besides the logits.
+
+    Attributes
+    ----------
+    n_rows, n_vars
+        Cells and genes.
+    weight
+        Weight of each cell in the total, shape ``(n,)``.
+    value
+        Log-likelihood of each cell, filled by :meth:`rows`.
+    """
+
+    n_rows: int
+    n_vars: int
+    weight: torch.Tensor
+    value: torch.Tensor
+
+    def rows(self, logits: torch.Tensor, rows: slice) -> None:
+        """Turn the logits of some cells, float32, into their gradient; add to the gradients of the parameters."""
+        ...
+
+    def gradients(self) -> Sequence[torch.Tensor | None]:
+        """Gradients of the total in the parameters, in the order in which :func:`fused_output` is given them."""
+        ...
+
+
+def fused_output(
+    hidden: torch.Tensor, weight: torch.Tensor, likelihood: FusedLikelihood, parameters: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-likelihood of counts whose logits are ``hidden @ weight.T``.
+
+    The array of cells x genes exists only in blocks of cells: a block of logits becomes means, terms of the likelihood
+    and gradients in place, and enters the gradients of ``hidden`` and ``weight`` before the next one is made. All
+    gradients are therefore computed on the way forward; going backward only scales them.
+
+    Parameters
+    ----------
+    hidden, weight
+        Shapes ``(n, n_hidden)`` and ``(n_vars, n_hidden)``.
+    likelihood
+        Evaluates blocks of logits.
+    parameters
+        What else is differentiated; ``None`` where the likelihood goes without.
+
+    Returns
+    -------
+    Weighted sum over cells, differentiable in ``hidden``, ``weight`` and ``parameters``, and the log-likelihood of each
+    cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16 (autocast).
+    """
+    # Inside, needs_input_grad does not say whether gradients are recorded at all.
+    return _FusedOutput.apply(hidden, weight, likelihood, torch.is_grad_enabled(), *parameters)
+
+
+class _FusedOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        likelihood: FusedLikelihood,
+        recorded: bool,
+        *parameters: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            low, matrix = hidden.to(precision), weight.to(precision)
+            grad_hidden, grad_weight = [], None
+            step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // likelihood.n_vars)
+            for start in range(0, likelihood.n_rows, step):
+                rows = slice(start, start + step)
+                logits = torch.mm(low[rows], matrix.t()).float()
+                likelihood.rows(logits, rows)
+                logits = logits.to(precision)
+                if recorded and ctx.needs_input_grad[0]:
+                    grad_hidden.append(torch.mm(logits, matrix))
+                if recorded and ctx.needs_input_grad[1]:
+                    grad_weight = _add_product(grad_weight, logits.t(), low[rows])
+            total = likelihood.value @ likelihood.weight
+        of_hidden = torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None
+        ctx.grads = (of_hidden, grad_weight, None, None, *(likelihood.gradients() if recorded else ()))
+        ctx.mark_non_differentiable(likelihood.value)
+        return total, likelihood.value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tuple(
+            grad.mul_(outer[0]) if grad is not None and needed else None
+            for grad, needed in zip(ctx.grads, ctx.needs_input_grad, strict=True)
+        )
+
+
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Add a product to a sum in float32."""
+    if total is None:
+        return torch.mm(left, right).float()
+    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(torch.mm(left, right))

@@ -1,0 +1,170 @@
+"""Counts with background and scaling: against autograd in float64 on the whole array of means, and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.stats
+import torch
+
+import cellstill.nn.background as module
+import cellstill.nn.fused as fused
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn.background import background_output
+from cellstill.nn.compiled import compiled
+from cellstill.nn.sparse import CSRRows
+
+N, N_VARS, N_HIDDEN = 37, 53, 8
+NAMES = ("hidden", "weight", "bias", "log_size", "theta", "log_background", "log_amount", "log_scaling")
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
+def mode(request):
+    with compiled(request.param):
+        yield request.param
+
+
+def make(n_theta=2, n_background=3, n_scaling=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    parameters = {
+        "hidden": normal(N, N_HIDDEN),
+        "weight": normal(N_VARS, N_HIDDEN, scale=0.5),
+        "bias": normal(N_VARS),
+        "log_size": normal(N, scale=0.5),
+        "theta": normal(n_theta, N_VARS).exp(),
+        "log_background": normal(n_background, N_VARS) - 1,
+        "log_amount": normal(N, scale=0.3),
+        "log_scaling": normal(n_scaling, N_VARS, scale=0.3),
+    }
+    groups = {name: torch.arange(N) % len(parameters[name]) for name in ("theta", "log_background", "log_scaling")}
+    mean = means({k: v.double() for k, v in parameters.items()}, groups).numpy()
+    theta = parameters["theta"][groups["theta"]].double().numpy()
+    return np.random.default_rng(seed).negative_binomial(theta, theta / (theta + mean)), parameters, groups
+
+
+def means(p, groups):
+    native = torch.nn.functional.softplus(p["hidden"] @ p["weight"].T + p["bias"])
+    if p.get("log_background") is not None:
+        added = p["log_background"][groups["log_background"]].exp()
+        if p.get("log_amount") is not None:
+            added = added * p["log_amount"].exp()[:, None]
+        native = native + added
+    if p.get("log_scaling") is not None:
+        native = native * p["log_scaling"][groups["log_scaling"]].exp()
+    return native * p["log_size"].exp()[:, None]
+
+
+def reference(counts, parameters, groups, cell_weight):
+    p = {name: value.double().clone().requires_grad_() for name, value in parameters.items()}
+    mean, theta = means(p, groups), p["theta"][groups["theta"]]
+    x = torch.from_numpy(counts.astype(np.float64))
+    terms = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    terms = terms + theta * (theta / (theta + mean)).log() + torch.special.xlogy(x, mean / (theta + mean))
+    (terms.sum(dim=1) @ cell_weight.double()).backward()
+    probability = (theta / (theta + mean)).detach().numpy()
+    by_scipy = scipy.stats.nbinom.logpmf(counts, theta.detach().numpy(), probability).sum(axis=1)
+    np.testing.assert_allclose(terms.sum(dim=1).detach(), by_scipy, rtol=1e-7)
+    return by_scipy, {name: value.grad for name, value in p.items()}
+
+
+def rows(counts) -> CSRRows:
+    counts = sp.csr_matrix(counts, dtype=np.float32)
+    return CSRRows(*(torch.from_numpy(part) for part in (counts.data, counts.indices, counts.indptr)), counts.shape[1])
+
+
+def evaluate(counts, parameters, groups, cell_weight=None, scale=1.0):
+    p = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    total, value = background_output(
+        *(p["hidden"], p["weight"], p["bias"], rows(counts), p["log_size"], p["theta"]),
+        group=groups["theta"],
+        log_background=p.get("log_background"),
+        background_group=groups["log_background"] if "log_background" in p else None,
+        log_amount=p.get("log_amount"),
+        log_scaling=p.get("log_scaling"),
+        scaling_group=groups["log_scaling"] if "log_scaling" in p else None,
+        cell_weight=cell_weight,
+    )
+    (scale * total).backward()
+    return total.detach(), value, {name: value.grad for name, value in p.items()}
+
+
+@pytest.mark.parametrize("n_groups", [1, 3], ids=["one_group", "groups"])
+@pytest.mark.parametrize(
+    "absent",
+    [(), ("log_background", "log_amount"), ("log_amount",), ("log_scaling",)],
+    ids=["all_terms", "no_background", "same_amount", "no_scaling"],
+)
+def test_values_and_gradients_are_those_of_the_distribution(absent, n_groups):
+    counts, parameters, groups = make(n_groups, n_groups, n_groups)
+    parameters = {name: value for name, value in parameters.items() if name not in absent}
+    cell_weight = torch.linspace(0.1, 2, N)
+    expected, grads = reference(counts, parameters, groups, cell_weight)
+    total, value, found = evaluate(counts, parameters, groups, cell_weight, scale=2.0)
+    np.testing.assert_allclose(value, expected, rtol=5e-6)
+    assert float(total) == pytest.approx(float(expected @ cell_weight.double().numpy()), rel=5e-6)
+    for name, true in grads.items():
+        limit = 2e-6 * float(true.abs().max())
+        np.testing.assert_allclose(found[name] / 2, true, rtol=1e-4, atol=limit, err_msg=name)
+
+
+def test_cells_of_no_weight_leave_no_gradient():
+    counts, parameters, groups = make()
+    weight = torch.ones(N)
+    weight[::2] = 0
+    other = counts.copy()
+    other[::2] = 3
+    _, _, grads = evaluate(counts, parameters, groups, weight)
+    _, _, changed = evaluate(other, parameters, groups, weight)
+    for name in NAMES:
+        np.testing.assert_array_equal(grads[name], changed[name], err_msg=name)
+    assert not grads["hidden"][::2].any()
+    assert grads["hidden"][1::2].any()
+
+
+def test_blocks_of_cells_do_not_matter(monkeypatch):
+    counts, parameters, groups = make()
+    _, value, grads = evaluate(counts, parameters, groups)
+    for size in (1, 7 * N_VARS, 36 * N_VARS):
+        monkeypatch.setitem(fused._BLOCK, "cpu", size)
+        monkeypatch.setattr(module, "_CACHED", max(1, size // 2))
+        _, again, others = evaluate(counts, parameters, groups)
+        np.testing.assert_allclose(again, value, rtol=1e-5)
+        for name, grad in grads.items():
+            limit = 1e-5 * float(grad.abs().max())
+            np.testing.assert_allclose(others[name], grad, rtol=1e-4, atol=limit, err_msg=name)
+
+
+def test_permuted_genes_give_permuted_gradients():
+    counts, parameters, groups = make()
+    order = np.random.default_rng(1).permutation(N_VARS)
+    by_gene = {"weight": 0, "bias": 0, "theta": 1, "log_background": 1, "log_scaling": 1}
+    permuted = {
+        name: value.index_select(by_gene[name], torch.from_numpy(order)) if name in by_gene else value
+        for name, value in parameters.items()
+    }
+    _, value, grads = evaluate(counts, parameters, groups)
+    _, other, found = evaluate(counts[:, order], permuted, groups)
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+    for name, grad in grads.items():
+        expected = grad.index_select(by_gene[name], torch.from_numpy(order)) if name in by_gene else grad
+        limit = 1e-5 * float(grad.abs().max())
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize("where", ["bias", "log_size", "theta", "log_background", "log_scaling"])
+def test_what_is_not_finite_shows(where):
+    counts, parameters, groups = make()
+    parameters[where].view(-1)[3] = torch.nan
+    total, _, _ = evaluate(counts, parameters, groups)
+    assert not torch.isfinite(total)
+
+
+def test_group_of_another_length_is_refused():
+    counts, parameters, groups = make()
+    with pytest.raises(InvalidArgumentError, match="background_group has shape"):
+        evaluate(counts, parameters, {**groups, "log_background": groups["log_background"][:-1]})
