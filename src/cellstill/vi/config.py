@@ -1,0 +1,147 @@
+"""What a regularised model is made of, in a form that is checked once and stored as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cellstill.errors import InvalidArgumentError, check_option
+
+Background = Literal["free", "profile"]
+LatentMode = Literal["concatenation", "weighted_mean", "single_encoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityConfig:
+    """One kind of counts.
+
+    Attributes
+    ----------
+    n_vars
+        Features.
+    n_hidden, n_layers
+        Width and number of the hidden layers of its encoder and decoder.
+    n_latent
+        Dimensions of z that its encoder makes.
+    background
+        ``"free"``, ``"profile"`` (:class:`~cellstill.vi.background.Background`) or ``None`` for none.
+    feature_scaling
+        Features have a multiplicative factor.
+    likelihood
+        ``"negative_binomial"``, or ``"poisson"``, which fixes the inverse dispersion at infinity.
+    sensitivity
+        Share of a cell's molecules that is counted.
+    """
+
+    n_vars: int
+    n_hidden: int = 512
+    n_layers: int = 1
+    n_latent: int = 128
+    background: Background | None = "free"
+    feature_scaling: bool = False
+    likelihood: Literal["negative_binomial", "poisson"] = "negative_binomial"
+    sensitivity: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_vars", "n_hidden", "n_layers", "n_latent"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
+        if self.background is not None:
+            check_option("background", self.background, ("free", "profile"))
+        check_option("likelihood", self.likelihood, ("negative_binomial", "poisson"))
+        if not self.sensitivity > 0:
+            raise InvalidArgumentError(f"sensitivity={self.sensitivity!r} has to be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """All of a model, in the units of :class:`~cellstill.vi.module.RegularizedVAE`.
+
+    Attributes
+    ----------
+    modalities
+        By name; kept sorted.
+    categories
+        Number of categories of each column of codes that is used.
+    ambient, conditioning, feature_scaling, encoder
+        Columns for each purpose.
+    dispersion, library
+        Column of the groups of inverse dispersions and library sizes; ``None`` is one group of all cells.
+    n_continuous
+        Continuous covariates, given to decoders and library encoders.
+    latent_mode
+        How the parts of z are joined.
+    dropout
+        Of the inputs of hidden layers.
+    encoder_input
+        ``"log1p"``, or ``"normalized"``: of counts brought to the mean library size.
+    library_hidden
+        Width of the library encoder.
+    library_variance_weight
+        w: factor of the prior variance of log library sizes, and weight of the residual's prior.
+    residual_library
+        A cell's observed total enters its log library size.
+    regularise_background, regularise_dispersion
+        Whether their priors enter the loss.
+    decoder_weight_l2
+        Weight of the decoders' squared weights.
+    theta_sampling
+        One draw of the inverse dispersions per ``"minibatch"`` or per ``"cell"``.
+    """
+
+    modalities: Mapping[str, ModalityConfig]
+    categories: Mapping[str, int] = field(default_factory=dict)
+    ambient: tuple[str, ...] = ()
+    conditioning: tuple[str, ...] = ()
+    feature_scaling: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = ()
+    dispersion: str | None = None
+    library: str | None = None
+    n_continuous: int = 0
+    latent_mode: LatentMode = "concatenation"
+    dropout: float = 0.1
+    encoder_input: Literal["log1p", "normalized"] = "normalized"
+    library_hidden: int = 16
+    library_variance_weight: float = 0.5
+    residual_library: bool = True
+    regularise_background: bool = False
+    regularise_dispersion: bool = True
+    decoder_weight_l2: float = 0.1
+    theta_sampling: Literal["minibatch", "cell"] = "minibatch"
+
+    def __post_init__(self) -> None:
+        check_option("latent_mode", self.latent_mode, ("concatenation", "weighted_mean", "single_encoder"))
+        check_option("encoder_input", self.encoder_input, ("log1p", "normalized"))
+        check_option("theta_sampling", self.theta_sampling, ("minibatch", "cell"))
+        if not 0 <= self.dropout < 1:
+            raise InvalidArgumentError(f"dropout={self.dropout} has to be at least 0 and below 1.")
+        if not self.modalities:
+            raise InvalidArgumentError("modalities is empty: a model needs at least one.")
+        object.__setattr__(self, "modalities", dict(sorted(self.modalities.items())))
+        widths = {name: modality.n_latent for name, modality in self.modalities.items()}
+        if self.latent_mode == "weighted_mean" and len(set(widths.values())) > 1:
+            raise InvalidArgumentError(
+                f"latent_mode='weighted_mean' needs the same n_latent in all modalities; found {widths}. Give one "
+                "number, or use latent_mode='concatenation'."
+            )
+
+    @property
+    def n_latent(self) -> int:
+        """Dimensions of the joint z."""
+        widths = [modality.n_latent for modality in self.modalities.values()]
+        return sum(widths) if self.latent_mode == "concatenation" else widths[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a form that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
+        """Build from :meth:`to_dict`."""
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+        }
+        plain["modalities"] = {name: ModalityConfig(**one) for name, one in config["modalities"].items()}
+        return cls(**plain)

@@ -1,0 +1,114 @@
+"""Library size of a cell: its posterior, which starts from the observed total, and the prior of its group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cellstill.nn.priors import lognormal_exponential_kl
+from cellstill.nn.sparse import CSRRows
+from cellstill.vi.networks import GaussianEncoder, Trunk
+
+_START_VARIANCE = 1e-2
+
+
+class LibraryPosterior(NamedTuple):
+    """Posterior of log library size and its prior, each of shape ``(n, 1)``."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    prior_mean: torch.Tensor
+    prior_variance: torch.Tensor
+
+
+class Library(nn.Module):
+    r"""Log library size of a cell, centred over all cells: the mean cell has the sensitivity.
+
+    .. math::
+        \log l_n \sim \mathrm{Normal}(\log s + \mu_p,\; w \sigma^2_p), \qquad
+        q(\log l_n) = \mathrm{Normal}(\log s + w_r (\log N_n - \overline{\log N}) + e(x_n), v(x_n))
+
+    with the sensitivity s, and :math:`\mu_p, \sigma^2_p` mean and variance of the centred :math:`\log N` in the cell's
+    group. Without the residual form the second term is left out. q(w_r) is LogNormal, its prior Exponential(1), and its
+    mean starts at 1.
+
+    Parameters
+    ----------
+    n_vars, n_hidden, n_continuous, categories, dropout
+        Of the encoder, which sees log1p of the counts, the continuous covariates, and the categories, if any.
+    column
+        Column of the groups; ``None`` is one group of all cells.
+    n_groups
+        Number of groups.
+    sensitivity
+        s, the scale of l. Predicted totals do not depend on it: expression is scaled by its inverse.
+    variance_weight
+        w. Larger lets library sizes stray further from the mean of their group.
+    residual
+        Use the observed total.
+    """
+
+    center: torch.Tensor
+    group_mean: torch.Tensor
+    group_variance: torch.Tensor
+
+    def __init__(
+        self,
+        n_vars: int,
+        *,
+        n_hidden: int,
+        n_continuous: int,
+        categories: Mapping[str, int],
+        dropout: float,
+        column: str | None,
+        n_groups: int,
+        sensitivity: float,
+        variance_weight: float,
+        residual: bool,
+    ) -> None:
+        super().__init__()
+        self.column, self.variance_weight, self.log_sensitivity = column, variance_weight, math.log(sensitivity)
+        trunk = Trunk(
+            n_sparse=[n_vars], n_dense=n_continuous, categories=categories, widths=[n_hidden], dropout=dropout
+        )
+        self.encoder = GaussianEncoder(trunk, n_hidden, 1, start_variance=_START_VARIANCE)
+        self.weight: nn.ParameterDict | None = None
+        if residual:
+            log_sigma = math.log(0.1)
+            mean = -0.5 * math.exp(2 * log_sigma)
+            self.weight = nn.ParameterDict(
+                {"mean": nn.Parameter(torch.tensor(mean)), "log_sigma": nn.Parameter(torch.tensor(log_sigma))}
+            )
+        self.register_buffer("center", torch.zeros(()))
+        self.register_buffer("group_mean", torch.zeros(n_groups))
+        self.register_buffer("group_variance", torch.ones(n_groups))
+
+    def forward(
+        self, x: CSRRows, totals: torch.Tensor, dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
+    ) -> LibraryPosterior:
+        """Posterior and prior of cells with ``totals``, shape ``(n,)``, of at least 1."""
+        mean, variance = self.encoder([x._replace(data=torch.log1p(x.data))], dense, codes)
+        mean = mean + self.log_sensitivity
+        if self.weight is not None:
+            mean = mean + self.residual_weight() * (totals.log() - self.center)[:, None]
+        group = torch.zeros_like(totals, dtype=torch.int64) if self.column is None else codes[self.column]
+        prior_mean = self.group_mean[group, None] + self.log_sensitivity
+        return LibraryPosterior(mean, variance, prior_mean, self.variance_weight * self.group_variance[group, None])
+
+    def residual_weight(self) -> torch.Tensor:
+        """A draw of w_r in training, its mean otherwise."""
+        assert self.weight is not None
+        mean, sigma = self.weight["mean"], self.weight["log_sigma"].exp()
+        if self.training:
+            return (mean + sigma * torch.randn_like(mean)).exp()
+        return (mean + 0.5 * sigma.square()).exp()
+
+    def penalty(self) -> torch.Tensor:
+        """Divergence of w_r from its prior, times the variance weight."""
+        if self.weight is None:
+            return self.center.new_zeros(())
+        return self.variance_weight * lognormal_exponential_kl(self.weight["mean"], self.weight["log_sigma"].exp())

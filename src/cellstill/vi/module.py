@@ -1,0 +1,309 @@
+"""The torch module of regularised VI, for one modality or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn.background import background_output
+from cellstill.nn.priors import normal_kl
+from cellstill.nn.sparse import CSRRows
+from cellstill.train.plans import Loss
+from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.library import Library, LibraryPosterior
+from cellstill.vi.networks import GaussianEncoder, Trunk
+from cellstill.vi.parts import Background, Dispersion, FeatureScaling, NoOverdispersion
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Posterior of z.
+
+    Attributes
+    ----------
+    mean, variance
+        Of the joint z, shape ``(n, n_latent)``; the prior, 0 and 1, in the part of a modality that a cell lacks.
+    kl
+        Divergence from the prior, shape ``(n,)``, of the modalities that a cell has.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    kl: torch.Tensor
+
+    def sample(self) -> torch.Tensor:
+        """Draw z."""
+        return self.mean + self.variance.sqrt() * torch.randn_like(self.mean)
+
+
+class Modality(nn.Module):
+    """Decoder, library and parameters of one modality.
+
+    Parameters
+    ----------
+    config
+        Of the modality.
+    shared
+        Of the model.
+    """
+
+    def __init__(self, config: ModalityConfig, shared: VAEConfig) -> None:
+        super().__init__()
+
+        def sizes(columns: tuple[str, ...]) -> dict[str, int]:
+            return {column: shared.categories[column] for column in columns}
+
+        n_vars, widths = config.n_vars, [config.n_hidden] * config.n_layers
+        self.decoder = Trunk(
+            n_dense=shared.n_latent + shared.n_continuous,
+            categories=sizes(shared.conditioning),
+            widths=widths,
+            dropout=shared.dropout,
+        )
+        self.output = nn.Linear(widths[-1], n_vars)
+        self.library = Library(
+            n_vars,
+            n_hidden=shared.library_hidden,
+            n_continuous=shared.n_continuous,
+            categories=sizes(shared.encoder),
+            dropout=shared.dropout,
+            column=shared.library,
+            n_groups=1 if shared.library is None else shared.categories[shared.library],
+            sensitivity=config.sensitivity,
+            variance_weight=shared.library_variance_weight,
+            residual=shared.residual_library,
+        )
+        self.background = None if config.background is None else Background(sizes(shared.ambient), n_vars)
+        self.scaling = FeatureScaling(sizes(shared.feature_scaling), n_vars) if config.feature_scaling else None
+        n_groups = 1 if shared.dispersion is None else shared.categories[shared.dispersion]
+        if config.likelihood == "poisson":
+            self.dispersion: Dispersion | NoOverdispersion = NoOverdispersion(n_vars)
+        else:
+            per_cell = shared.theta_sampling == "cell"
+            self.dispersion = Dispersion(shared.dispersion, n_groups, n_vars, per_cell=per_cell)
+
+    def features(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return what the output layer sees, shape ``(n, n_hidden)``."""
+        continuous = batch.get("continuous")
+        return self.decoder((), z if continuous is None else torch.cat([z, continuous], dim=1), batch)
+
+    def native(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Native expression rho, shape ``(n, n_vars)``."""
+        return nn.functional.softplus(self.output(self.features(z, batch)).float())
+
+    def background_of(self, batch: Batch) -> torch.Tensor | None:
+        """Background of cells, broadcast against ``(n, n_vars)``; ``None`` if there is none."""
+        return None if self.background is None else _rows(*self.background(batch)).exp()
+
+    def scaling_of(self, batch: Batch) -> torch.Tensor | None:
+        """Feature scaling of cells, as :meth:`background_of`."""
+        return None if self.scaling is None else _rows(*self.scaling(batch)).exp()
+
+    def log_likelihood(
+        self, z: torch.Tensor, log_library: torch.Tensor, x: CSRRows, batch: Batch, present: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over cells, to differentiate, and the value of each cell."""
+        theta, group = self.dispersion(batch, x.n_rows)
+        background, background_group = (None, None) if self.background is None else self.background(batch)
+        scaling, scaling_group = (None, None) if self.scaling is None else self.scaling(batch)
+        total, value = background_output(
+            *(self.features(z, batch), self.output.weight, self.output.bias, x, log_library, theta),
+            group=group,
+            log_background=background,
+            background_group=background_group,
+            log_scaling=scaling,
+            scaling_group=scaling_group,
+            cell_weight=present,
+        )
+        return total, value if present is None else value * present
+
+    def penalties(self, config: VAEConfig) -> Iterator[tuple[str, torch.Tensor]]:
+        """Negative log priors of what stands for the data as a whole."""
+        if config.regularise_dispersion:
+            yield "dispersion", self.dispersion.penalty()
+        if self.background is not None and config.regularise_background:
+            yield "background", self.background.penalty()
+        if self.scaling is not None:
+            yield "feature_scaling", self.scaling.penalty()
+        if self.library.weight is not None:
+            yield "library_weight", self.library.penalty()
+        if config.decoder_weight_l2:
+            weights = [p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name]
+            squares = torch.stack([weight.square().sum() for weight in [*weights, self.output.weight]])
+            yield "decoder_l2", config.decoder_weight_l2 * squares.sum()
+
+
+class RegularizedVAE(nn.Module):
+    r"""Variational autoencoder of counts of one modality or many, with all that regularises it.
+
+    .. math::
+        z_n \sim \mathrm{Normal}(0, I), \quad
+        \mu_{nf} = l_n (\mathrm{softplus}(f([z_n, c_n]))_f + b_{e(n)f})\, y_{nf}, \quad
+        x_{nf} \sim \mathrm{NB}(\mu_{nf}, \theta_{fd(n)})
+
+    per modality, all of whose decoders see the whole of z (:class:`~cellstill.vi.config.VAEConfig`).
+
+    A minibatch is a dictionary: ``<modality>/data``, ``/indices`` and ``/indptr`` (CSR rows, empty where a cell lacks
+    the modality), ``<modality>/present`` (float32, if some cells lack it), codes by column (int64), and ``continuous``.
+
+    Parameters
+    ----------
+    config
+        What it is made of.
+
+    Attributes
+    ----------
+    n_obs
+        Number of training cells; global penalties are divided by it.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        names = list(config.modalities)
+        self.modalities = nn.ModuleDict({name: Modality(one, config) for name, one in config.modalities.items()})
+        categories = {column: config.categories[column] for column in config.encoder}
+        groups = [names] if config.latent_mode == "single_encoder" else [[name] for name in names]
+        self.encoders = nn.ModuleList()
+        for group in groups:
+            members = [config.modalities[name] for name in group]
+            first = members[0]
+            trunk = Trunk(
+                n_sparse=[member.n_vars for member in members],
+                categories=categories,
+                widths=[first.n_hidden] * first.n_layers,
+                dropout=config.dropout,
+            )
+            self.encoders.append(GaussianEncoder(trunk, first.n_hidden, first.n_latent))
+        self.mixing = nn.Parameter(torch.zeros(len(names))) if config.latent_mode == "weighted_mean" else None
+
+    @property
+    def global_parameters(self) -> frozenset[str]:
+        """Names of the parameters that stand for the data as a whole."""
+        parts = ("background.", "scaling.", "dispersion.", "library.weight.")
+        return frozenset(
+            name
+            for name, _ in self.named_parameters()
+            if name == "mixing" or any(f"modalities.{one}.{part}" in name for one in self.modalities for part in parts)
+        )
+
+    def modality(self, name: str) -> Modality:
+        """Return the part of one modality."""
+        return cast(Modality, self.modalities[name])
+
+    def rows(self, batch: Batch) -> dict[str, CSRRows]:
+        """Counts of a minibatch."""
+        return {
+            name: CSRRows(batch[f"{name}/data"], batch[f"{name}/indices"], batch[f"{name}/indptr"], modality.n_vars)
+            for name, modality in self.config.modalities.items()
+        }
+
+    def encode(self, rows: Mapping[str, CSRRows], batch: Batch) -> Latent:
+        """Posterior of z."""
+        seen = {name: self._encoder_input(name, x) for name, x in rows.items()}
+        if self.config.latent_mode == "single_encoder":
+            mean, variance = self.encoders[0](list(seen.values()), None, batch)
+            return Latent(mean, variance, normal_kl(mean, variance))
+        posteriors = [encoder([x], None, batch) for encoder, x in zip(self.encoders, seen.values(), strict=True)]
+        present = [batch.get(f"{name}/present") for name in rows]
+        if self.config.latent_mode == "weighted_mean":
+            return self._weighted_mean(posteriors, present)
+        means, variances, kl = [], [], torch.zeros(())
+        for (mean, variance), has in zip(posteriors, present, strict=True):
+            divergence = normal_kl(mean, variance)
+            if has is not None:
+                mean, variance = mean * has[:, None], torch.where(has[:, None] > 0, variance, 1.0)
+                divergence = divergence * has
+            means.append(mean)
+            variances.append(variance)
+            kl = kl.to(divergence) + divergence
+        return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
+
+    def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
+        """Posterior of the log library size of a modality."""
+        totals = x.library_size().clamp(min=1.0)
+        return self.modality(name).library(x, totals, batch.get("continuous"), batch)
+
+    def loss(
+        self, batch: Batch, kl_weight: float = 1.0, n_obs: int | None = None, skip_n_obs_check: bool = False
+    ) -> Loss:
+        """Negative evidence lower bound per cell, plus the global penalties over ``n_obs``.
+
+        Parameters
+        ----------
+        batch
+            Minibatch.
+        kl_weight
+            Weight of the divergence of z.
+        n_obs
+            Number of training cells.
+        skip_n_obs_check
+            Accept fewer training cells than the minibatch has.
+
+        Raises
+        ------
+        InvalidArgumentError
+            ``n_obs`` is missing, or smaller than the minibatch.
+        """
+        rows = self.rows(batch)
+        n = next(iter(rows.values())).n_rows
+        if n_obs is None or (n_obs < n and not skip_n_obs_check):
+            raise InvalidArgumentError(
+                f"n_obs={n_obs} has to be the number of training cells, at least the {n} of the minibatch: global "
+                "penalties are divided by it. Pass skip_n_obs_check=True to go on."
+            )
+        latent = self.encode(rows, batch)
+        z = latent.sample()
+        total, per_cell = -kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
+        terms = {"kl_z": latent.kl.detach().sum()}
+        for name, x in rows.items():
+            modality, present = self.modality(name), batch.get(f"{name}/present")
+            library = self.library(name, x, batch)
+            kl = normal_kl(*library)
+            kl = kl if present is None else kl * present
+            log_library = (library.mean + library.variance.sqrt() * torch.randn_like(library.mean))[:, 0]
+            summed, value = modality.log_likelihood(z, log_library, x, batch, present)
+            total = total + summed - kl.sum()
+            per_cell = per_cell - value + kl.detach()
+            terms[self._term("reconstruction_loss", name)] = -value.sum()
+            terms[self._term("kl_l", name)] = kl.detach().sum()
+        objective = -total / n
+        for name in rows:
+            for term, penalty in self.modality(name).penalties(self.config):
+                objective = objective + penalty / n_obs
+                terms[self._term(term, name)] = penalty.detach() * (n / n_obs)
+        return Loss(objective, per_cell, n, terms)
+
+    def _encoder_input(self, name: str, x: CSRRows) -> CSRRows:
+        if self.config.encoder_input == "log1p":
+            return x._replace(data=torch.log1p(x.data))
+        scale = (self.modality(name).library.center - x.library_size().clamp(min=1.0).log()).exp()
+        scale = scale.repeat_interleave(x.indptr.diff(), output_size=len(x.data))
+        return x._replace(data=torch.log1p(x.data * scale))
+
+    def _weighted_mean(self, posteriors: list, present: list) -> Latent:
+        """Weighted mean of independent Normals, with the weights of the modalities that a cell has."""
+        assert self.mixing is not None
+        n = len(posteriors[0][0])
+        has = torch.stack([self.mixing.new_ones(n) if one is None else one for one in present], dim=1)
+        share = torch.softmax(self.mixing, dim=0) * has
+        share = share / share.sum(dim=1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+        mean = sum(part[:, None] * m for part, (m, _) in zip(share.unbind(1), posteriors, strict=True))
+        variance = sum(part[:, None].square() * v for part, (_, v) in zip(share.unbind(1), posteriors, strict=True))
+        any_present = has.amax(dim=1)
+        variance = torch.where(any_present[:, None] > 0, variance, 1.0)
+        return Latent(mean, variance, normal_kl(mean, variance) * any_present)
+
+    def _term(self, term: str, modality: str) -> str:
+        return term if len(self.modalities) == 1 else f"{term}_{modality}"
+
+
+def _rows(table: torch.Tensor, group: torch.Tensor | None) -> torch.Tensor:
+    return table if group is None or len(table) == 1 else table[group]

@@ -1,0 +1,103 @@
+"""Hidden layers over all that a network of the model is given: sparse counts, dense numbers, categories."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from cellstill.nn.dropout import drop
+from cellstill.nn.layers import SparseLinear
+from cellstill.nn.sparse import CSRRows
+
+
+class Trunk(nn.Module):
+    """Hidden layers, each dropout on its input, linear, LayerNorm, ReLU.
+
+    The first layer adds up what it is given: sparse rows times their weights, dense inputs times theirs, and a gathered
+    row of weights for each category.
+
+    Parameters
+    ----------
+    n_sparse
+        Features of each matrix of sparse rows.
+    n_dense
+        Dense inputs.
+    categories
+        Number of categories of each column of codes.
+    widths
+        Of the hidden layers.
+    dropout
+        Probability of dropping an input. Categories are never dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_sparse: Sequence[int] = (),
+        n_dense: int = 0,
+        categories: Mapping[str, int] | None = None,
+        widths: Sequence[int],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        width, self.dropout, self.columns = widths[0], dropout, list(categories or ())
+        self.sparse = nn.ModuleList([SparseLinear(n, width) for n in n_sparse])
+        self.dense = nn.Linear(n_dense, width) if n_dense else None
+        bound = (n_dense + len(self.columns) + 1) ** -0.5
+        self.shifts = nn.ParameterList(
+            [nn.Parameter(torch.empty(n, width).uniform_(-bound, bound)) for n in (categories or {}).values()]
+        )
+        self.hidden = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for width in widths])
+
+    def forward(
+        self, rows: Sequence[CSRRows], dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the features of the last hidden layer, shape ``(n, widths[-1])``."""
+        parts = [
+            layer(x._replace(data=drop(x.data, self.dropout, self.training)))
+            for layer, x in zip(self.sparse, rows, strict=True)
+        ]
+        if self.dense is not None and dense is not None:
+            parts.append(self.dense(nn.functional.dropout(dense, self.dropout, self.training)))
+        parts += [shift.index_select(0, codes[column]) for column, shift in zip(self.columns, self.shifts, strict=True)]
+        features = torch.relu(self.norms[0](sum(parts[1:], start=parts[0])))
+        for layer, norm in zip(self.hidden, self.norms[1:], strict=True):
+            features = torch.relu(norm(layer(nn.functional.dropout(features, self.dropout, self.training))))
+        return features
+
+
+class GaussianEncoder(nn.Module):
+    """Mean and variance of independent Normal distributions, by a linear layer on a :class:`Trunk`.
+
+    Parameters
+    ----------
+    trunk
+        Hidden layers.
+    n_hidden, n_out
+        Width of the last hidden layer, and number of distributions.
+    start_variance
+        Start at mean 0 and this variance, whatever the input; ``None`` starts at random weights.
+    """
+
+    _LARGEST = 20.0
+
+    def __init__(self, trunk: Trunk, n_hidden: int, n_out: int, *, start_variance: float | None = None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.output = nn.Linear(n_hidden, 2 * n_out)
+        if start_variance is not None:
+            nn.init.zeros_(self.output.weight)
+            with torch.no_grad():
+                self.output.bias[:n_out] = 0.0
+                self.output.bias[n_out:] = torch.tensor(start_variance).log()
+
+    def forward(
+        self, rows: Sequence[CSRRows], dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance, each of shape ``(n, n_out)``."""
+        mean, log_variance = self.output(self.trunk(rows, dense, codes)).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-self._LARGEST, self._LARGEST).exp()
