@@ -168,7 +168,8 @@ class RegularizedVAE(nn.Module):
         super().__init__()
         self.config = config
         names = list(config.modalities)
-        self.modalities = nn.ModuleDict({name: Modality(one, config) for name, one in config.modalities.items()})
+        # A name may hold a dot, which no child of a module may.
+        self.modalities = nn.ModuleList([Modality(one, config) for one in config.modalities.values()])
         categories = {column: config.categories[column] for column in config.encoder}
         groups = [names] if config.latent_mode == "single_encoder" else [[name] for name in names]
         self.encoders = nn.ModuleList()
@@ -187,16 +188,18 @@ class RegularizedVAE(nn.Module):
     @property
     def global_parameters(self) -> frozenset[str]:
         """Names of the parameters that stand for the data as a whole."""
-        parts = ("background.", "scaling.", "dispersion.", "library.weight.")
-        return frozenset(
-            name
-            for name, _ in self.named_parameters()
-            if name == "mixing" or any(f"modalities.{one}.{part}" in name for one in self.modalities for part in parts)
-        )
+        parts = {"background", "scaling", "dispersion"}
+        of_modalities = {
+            f"modalities.{i}.{name}"
+            for i, modality in enumerate(self.modalities)
+            for name, _ in modality.named_parameters()
+            if name.split(".")[0] in parts or name.startswith("library.weight.")
+        }
+        return frozenset(of_modalities if self.mixing is None else {*of_modalities, "mixing"})
 
     def modality(self, name: str) -> Modality:
         """Return the part of one modality."""
-        return cast(Modality, self.modalities[name])
+        return cast(Modality, self.modalities[list(self.config.modalities).index(name)])
 
     def rows(self, batch: Batch) -> dict[str, CSRRows]:
         """Counts of a minibatch."""

@@ -1,0 +1,249 @@
+"""The torch module: its terms against their definitions, cells that lack a modality, names and order of genes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from cellstill.errors import InvalidArgumentError
+from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.module import RegularizedVAE
+from cellstill.vi.start import start_from_data
+
+N = 60
+
+
+def counts_of(n_vars, seed=0, mean=2.0):
+    rng = np.random.default_rng(seed)
+    rates = rng.gamma(0.5, mean / 0.5, n_vars) * rng.lognormal(0, 0.5, (N, 1))
+    counts = rng.poisson(rates)
+    counts[counts.sum(axis=1) == 0, 0] = 1
+    return sp.csr_matrix(counts, dtype=np.float32)
+
+
+def batch_of(counts, codes=None, present=None, continuous=None):
+    batch = {}
+    for name, matrix in counts.items():
+        for part in ("data", "indices", "indptr"):
+            batch[f"{name}/{part}"] = torch.from_numpy(getattr(matrix, part))
+    for name, mask in (present or {}).items():
+        batch[f"{name}/present"] = torch.from_numpy(mask.astype(np.float32))
+    batch.update({column: torch.from_numpy(values) for column, values in (codes or {}).items()})
+    if continuous is not None:
+        batch["continuous"] = torch.from_numpy(continuous.astype(np.float32))
+    return batch
+
+
+def small(n_vars, **settings):
+    return ModalityConfig(n_vars=n_vars, n_hidden=12, n_latent=4, **settings)
+
+
+def build(config, counts, codes=None, present=None, seed=0):
+    torch.manual_seed(seed)
+    module = RegularizedVAE(config)
+    start_from_data(module, counts, codes or {}, present or {}, np.arange(N))
+    return module
+
+
+@pytest.fixture
+def codes():
+    rng = np.random.default_rng(1)
+    return {"lane": rng.integers(0, 3, N), "site.x": rng.integers(0, 2, N)}
+
+
+@pytest.mark.parametrize("sensitivity", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("background", ["free", None])
+def test_predicted_totals_match_observed_totals_at_the_start(sensitivity, background, codes):
+    counts = {"rna": counts_of(80)}
+    config = VAEConfig(
+        modalities={"rna": small(80, sensitivity=sensitivity, background=background)},
+        categories={"lane": 3},
+        ambient=("lane",),
+        library="lane",
+    )
+    module = build(config, counts, codes).eval()
+    batch = batch_of(counts, codes)
+    with torch.no_grad():
+        rows = module.rows(batch)
+        part = module.modality("rna")
+        size = module.library("rna", rows["rna"], batch).mean.exp()
+        expression = part.native(module.encode(rows, batch).mean, batch)
+        if background is not None:
+            expression = expression + part.background_of(batch)
+        predicted = (size * expression).sum(dim=1).numpy()
+    observed = np.asarray(counts["rna"].sum(axis=1)).ravel()
+    np.testing.assert_allclose(predicted, observed, rtol=0.05)
+    assert size.median().item() == pytest.approx(sensitivity, rel=0.2)
+
+
+@pytest.mark.parametrize("sensitivity", [0.2, 1.0, 5.0])
+def test_sensitivity_leaves_the_library_prior_where_the_posterior_starts(sensitivity, codes):
+    counts = {"rna": counts_of(80)}
+    config = VAEConfig(modalities={"rna": small(80, sensitivity=sensitivity)}, categories={"lane": 3}, library="lane")
+    module = build(config, counts, codes).eval()
+    batch = batch_of(counts, codes)
+    library = module.library("rna", module.rows(batch)["rna"], batch)
+    totals = np.log(np.asarray(counts["rna"].sum(axis=1)).ravel())
+    for lane in range(3):
+        own = codes["lane"] == lane
+        expected = totals[own].mean() - totals.mean() + math.log(sensitivity)
+        np.testing.assert_allclose(library.prior_mean[own].detach(), expected, rtol=1e-4, atol=1e-5)
+        assert library.mean[own].mean().item() == pytest.approx(expected, abs=1e-4)
+        np.testing.assert_allclose(library.prior_variance[own].detach(), 0.5 * totals[own].var(), rtol=1e-4)
+
+
+def test_loss_is_the_sum_of_its_terms(codes):
+    counts = {"rna": counts_of(40)}
+    config = VAEConfig(
+        modalities={"rna": small(40, feature_scaling=True)},
+        categories={"lane": 3, "site.x": 2},
+        ambient=("lane", "site.x"),
+        conditioning=("lane",),
+        feature_scaling=("site.x",),
+        dispersion="lane",
+        library="lane",
+        regularise_background=True,
+    )
+    module = build(config, counts, codes)
+    loss = module.loss(batch_of(counts, codes), kl_weight=0.3, n_obs=100)
+    assert set(loss.terms) == {
+        *("reconstruction_loss", "kl_z", "kl_l", "dispersion", "background", "feature_scaling", "library_weight"),
+        "decoder_l2",
+    }
+    terms = {name: value.item() / N for name, value in loss.terms.items()}
+    assert loss.total.item() == pytest.approx(sum(terms.values()) - 0.7 * terms["kl_z"], rel=1e-5)
+    expected = terms["reconstruction_loss"] + 0.3 * terms["kl_z"] + terms["kl_l"]
+    assert loss.per_cell.mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_global_penalties_do_not_depend_on_the_minibatch(codes):
+    counts = {"rna": counts_of(40)}
+    config = VAEConfig(modalities={"rna": small(40)}, categories={"lane": 3}, ambient=("lane",))
+    module = build(config, counts, codes)
+    half = {"rna": counts["rna"][: N // 2]}
+    whole = module.loss(batch_of(counts, codes), n_obs=1000)
+    part = module.loss(batch_of(half, {k: v[: N // 2] for k, v in codes.items()}), n_obs=1000)
+    per_cell = whole.terms["dispersion"].item() / N
+    assert part.terms["dispersion"].item() / (N // 2) == pytest.approx(per_cell, rel=1e-6)
+    assert per_cell == pytest.approx(module.modality("rna").dispersion.penalty().item() / 1000, rel=1e-6)
+
+
+@pytest.mark.parametrize("n_obs", [None, N - 1], ids=["missing", "below_the_minibatch"])
+def test_number_of_training_cells_is_needed(n_obs):
+    counts = {"rna": counts_of(20)}
+    module = build(VAEConfig(modalities={"rna": small(20)}), counts)
+    with pytest.raises(InvalidArgumentError, match="number of training cells"):
+        module.loss(batch_of(counts), n_obs=n_obs)
+    if n_obs is not None:
+        assert module.loss(batch_of(counts), n_obs=n_obs, skip_n_obs_check=True).n == N
+
+
+@pytest.mark.parametrize("latent_mode", ["concatenation", "weighted_mean", "single_encoder"])
+def test_all_decoders_see_the_whole_latent(latent_mode):
+    counts = {"atac": counts_of(30, 1), "rna": counts_of(20)}
+    module = build(VAEConfig(modalities={"atac": small(30), "rna": small(20)}, latent_mode=latent_mode), counts).eval()
+    batch = batch_of(counts)
+    latent = module.encode(module.rows(batch), batch)
+    assert latent.mean.shape == (N, 8 if latent_mode == "concatenation" else 4)
+    z = latent.mean.detach().requires_grad_()
+    for name in counts:
+        grad = torch.autograd.grad(module.modality(name).native(z, batch).sum(), z)[0]
+        assert (grad.abs().sum(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("latent_mode", ["concatenation", "weighted_mean"])
+def test_cell_without_a_modality_contributes_nothing_to_it(latent_mode):
+    counts = {"atac": counts_of(30, 1), "rna": counts_of(20)}
+    has = np.arange(N) % 3 > 0
+    present = {"atac": has}
+    config = VAEConfig(modalities={"atac": small(30), "rna": small(20)}, latent_mode=latent_mode, dropout=0.0)
+    module = build(config, counts, present=present)
+    missing = counts["atac"].tolil()
+    missing[~has] = 0
+    blank = {"atac": missing.tocsr(), "rna": counts["rna"]}
+
+    def gradients(of):
+        torch.manual_seed(3)
+        module.zero_grad()
+        loss = module.loss(batch_of(of, present=present), n_obs=N)
+        loss.total.backward()
+        return loss, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+    loss, grads = gradients(counts)
+    without, other = gradients(blank)
+    assert loss.total.item() == pytest.approx(without.total.item(), rel=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(other[name], grad, rtol=1e-4, atol=1e-6, err_msg=name)
+    latent = module.encode(module.rows(batch_of(counts, present=present)), batch_of(counts, present=present))
+    if latent_mode == "concatenation":
+        assert not latent.mean[~has, :4].any()
+        np.testing.assert_array_equal(latent.variance[~has, :4].detach(), 1.0)
+        assert latent.mean[~has, 4:].all()
+
+
+def test_renamed_modalities_change_nothing():
+    one = {"atac": counts_of(30, 1), "rna": counts_of(20)}
+    losses = []
+    for names in ({"atac": "atac", "rna": "rna"}, {"atac": "a.peaks", "rna": "b genes"}):
+        counts = {names[name]: matrix for name, matrix in one.items()}
+        config = VAEConfig(modalities={names["atac"]: small(30), names["rna"]: small(20)})
+        module = build(config, counts)
+        torch.manual_seed(5)
+        losses.append(module.loss(batch_of(counts), n_obs=N).total.item())
+    assert losses[0] == losses[1]
+
+
+def test_permuted_genes_give_the_same_loss(codes):
+    counts = {"rna": counts_of(40)}
+    config = VAEConfig(
+        modalities={"rna": small(40, feature_scaling=True)}, categories={"lane": 3}, ambient=("lane",), dropout=0.0
+    )
+    module = build(config, counts, codes).eval()
+    order = torch.from_numpy(np.random.default_rng(0).permutation(40))
+    permuted = build(config, counts, codes).eval()
+    state = module.state_dict()
+    for name, value in state.items():
+        for axis, size in enumerate(value.shape):
+            if size == 40:
+                state[name] = value.index_select(axis, order)
+    permuted.load_state_dict(state)
+    moved = counts["rna"][:, order.numpy()]
+    moved.sort_indices()
+    torch.manual_seed(2)
+    expected = module.loss(batch_of(counts, codes), n_obs=N)
+    torch.manual_seed(2)
+    found = permuted.loss(batch_of({"rna": moved}, codes), n_obs=N)
+    np.testing.assert_allclose(found.per_cell, expected.per_cell, rtol=1e-5)
+
+
+def test_global_parameters_are_those_of_the_data_as_a_whole(codes):
+    config = VAEConfig(
+        modalities={"rna": small(40, feature_scaling=True)},
+        categories={"lane": 3},
+        ambient=("lane",),
+        dispersion="lane",
+    )
+    module = build(config, {"rna": counts_of(40)}, codes)
+    assert {name.removeprefix("modalities.0.") for name in module.global_parameters} == {
+        *("background.beta.tables.0", "scaling.gamma.tables.0", "dispersion.mean", "dispersion.log_sigma"),
+        *("dispersion.log_rate", "library.weight.mean", "library.weight.log_sigma"),
+    }
+
+
+def test_evaluation_draws_no_dispersion_and_no_library_weight():
+    module = build(VAEConfig(modalities={"rna": small(20)}), {"rna": counts_of(20)})
+    part = module.modality("rna")
+
+    def draws():
+        return part.dispersion({}, N)[0], part.library.residual_weight()
+
+    for drawn, other in zip(draws(), draws(), strict=True):
+        assert not torch.equal(drawn, other)
+    module.eval()
+    theta, weight = draws()
+    torch.testing.assert_close(theta, part.dispersion.mean.exp())
+    assert weight.item() == pytest.approx(1.0, abs=1e-6)
