@@ -81,9 +81,8 @@ def _start_background(
     background: Background, counts: sp.csr_matrix, size: np.ndarray, codes: Mapping[str, np.ndarray]
 ) -> None:
     tables = background.beta.tables
-    columns = background.beta.columns or [None]
-    for column, table in zip(columns, tables, strict=True):
-        code = np.zeros(len(size), dtype=np.int64) if column is None else codes[column]
+    codes_of = [codes[column] for column in background.beta.columns] or [np.zeros(len(size), dtype=np.int64)]
+    for code, table in zip(codes_of, tables, strict=True):
         mean = _expression(counts, size, code, len(table))
         table.copy_(torch.from_numpy(np.log(BACKGROUND_SHARE / len(tables) * mean)))
 
