@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,6 +15,24 @@ from cellstill._compat.scipy import take_rows
 from cellstill.data.ahead import default_prefetch, map_ahead
 from cellstill.data.resident import ResidentCounts, as_device, to_device
 from cellstill.errors import InvalidArgumentError
+
+
+class Share(NamedTuple):
+    """The part of a minibatch that one of several processes trains on.
+
+    Attributes
+    ----------
+    batch
+        Its cells, consecutive in the minibatch; there may be none.
+    n
+        Number of its cells.
+    n_whole
+        Number of cells of the minibatch.
+    """
+
+    batch: Mapping[str, torch.Tensor]
+    n: int
+    n_whole: int
 
 
 class CountsLoader:
@@ -104,18 +123,37 @@ class CountsLoader:
         return len(self._stops)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self._iterate(np.append(0, self._stops[:-1]), self._stops)
+
+    def shares(self, rank: int, n_ranks: int) -> Generator[Share]:
+        """Iterate over one process's part of every minibatch: those of all processes together are what one would see.
+
+        Parameters
+        ----------
+        rank, n_ranks
+            Which part (:func:`share_of`), and of how many.
+        """
+        starts = np.append(0, self._stops[:-1])
+        sizes = (self._stops - starts).tolist()
+        parts = np.array([share_of(size, rank, n_ranks) for size in sizes])
+        batches = self._iterate(starts + parts[:, 0], starts + parts[:, 1])
+        with closing(batches):
+            for batch, (start, stop), size in zip(batches, parts.tolist(), sizes, strict=True):
+                yield Share(batch, stop - start, size)
+
+    def _iterate(self, starts: np.ndarray, stops: np.ndarray) -> Generator[dict[str, torch.Tensor]]:
+        """Yield the cells between positions in the order of the next epoch."""
         order = self.cells
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
             self.epoch += 1
-        starts = [0, *self._stops[:-1]]
         if self._resident is not None:
-            nnz = np.add.reduceat(np.diff(self.counts.indptr)[order], starts)
+            nnz = np.append(0, np.cumsum(np.diff(self.counts.indptr)[order], dtype=np.int64))
             rows = to_device(order, self.device)
-            for start, stop, n in zip(starts, self._stops, nnz, strict=True):
-                yield self._gather_there(rows[start:stop], int(n))
+            for start, stop in zip(starts, stops, strict=True):
+                yield self._gather_there(rows[start:stop], int(nnz[stop] - nnz[start]))
             return
-        parts = (order[start:stop] for start, stop in zip(starts, self._stops, strict=True))
+        parts = (order[start:stop] for start, stop in zip(starts, stops, strict=True))
         yield from map_ahead(self._gather_here, parts, self.prefetch)
 
     def to(self, device: str | torch.device | None) -> CountsLoader:
@@ -178,6 +216,23 @@ class CountsLoader:
         for name, values in self._resident_per_cell.items():
             batch[name] = values.index_select(0, rows)
         return batch
+
+
+def share_of(n: int, rank: int, n_ranks: int) -> tuple[int, int]:
+    """Where one process's part of a minibatch starts and stops.
+
+    The parts differ by at most one cell. Of fewer than ``2 * n_ranks`` cells the last processes get none, so that no
+    part is a single cell unless the minibatch is: nothing can be normalised over one.
+
+    Parameters
+    ----------
+    n
+        Number of cells in the minibatch.
+    rank, n_ranks
+        Which part, and of how many.
+    """
+    n_parts = max(min(n_ranks, n // 2), 1)
+    return n * min(rank, n_parts) // n_parts, n * min(rank + 1, n_parts) // n_parts
 
 
 def split_cells(

@@ -228,6 +228,7 @@ class Distiller(Getters, Analysis):
         patience: int = 20,
         weight_decay: float = 1e-2,
         accelerator: str = "auto",
+        devices: int = 1,
         precision: str = "32-true",
         compile: CompileMode = "auto",
         progress: bool | OnEpoch | None = None,
@@ -256,6 +257,10 @@ class Distiller(Getters, Analysis):
             Decay of the weights towards zero. Larger regularises more.
         accelerator
             ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"gpu"``.
+        devices
+            Devices to train on, each with a process that runs the same script (:func:`cellstill.train.fit` says how
+            they are started). The first process runs PCA and teacher for all of them. All of them end with the same
+            model; let the one where ``torch.distributed.get_rank() == 0`` save it.
         precision
             ``"32-true"``, or ``"bf16-mixed"``: matrix products in bfloat16, which hardware that has it does faster, for
             the last digits of the loss.
@@ -279,6 +284,8 @@ class Distiller(Getters, Analysis):
         ------
         TrainingError
             A loss or gradient is not finite; the message says where.
+        InvalidArgumentError
+            An argument is out of range, all cells are of one batch, or ``devices`` cannot be had.
         StoreError
             ``checkpoint`` holds a run already and ``resume`` is false, or one with other data or settings.
         """
@@ -315,6 +322,7 @@ class Distiller(Getters, Analysis):
             patience=patience if early_stopping else None,
             weight_decay=weight_decay,
             accelerator=accelerator,
+            devices=devices,
             precision=precision,
             compile=compile,
             progress=os.isatty(2) if progress is None else progress,

@@ -13,11 +13,12 @@ import torch
 
 from cellstill.data.covariates import CovariateDesign
 from cellstill.data.loader import CountsLoader, split_cells
-from cellstill.data.pca import PCAMethod, fit_pca
+from cellstill.data.pca import PCA, PCAMethod, fit_pca
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted, build_networks
 from cellstill.nn.compiled import CompileMode, compiled
-from cellstill.teachers import Teacher, TeacherInput
+from cellstill.teachers import Teacher, TeacherInput, TeacherOutput
+from cellstill.train.devices import join
 from cellstill.train.fit import fit, seeded
 from cellstill.train.progress import OnEpoch
 
@@ -37,6 +38,7 @@ class TrainingSettings:
     patience: int | None
     weight_decay: float
     accelerator: str
+    devices: int
     precision: str
     compile: CompileMode
     progress: bool | OnEpoch
@@ -65,11 +67,18 @@ def distill(
     -------
     The trained model, and the losses of both phases per epoch.
     """
-    pca = fit_pca(cells.counts, n_latent, method=pca_method, seed=settings.seed)
-    components = pca.transform(cells.counts)
-    lesson = teacher.teach(
-        TeacherInput(pca=components, batch=cells.batch, obs=cells.obs, design=design, obsm=obsm, seed=settings.seed)
-    )
+    # What several processes could compute to other last digits, the first computes for all.
+    ranks = join(settings.accelerator, settings.devices)
+
+    def teach() -> tuple[PCA, np.ndarray, TeacherOutput]:
+        pca = fit_pca(cells.counts, n_latent, method=pca_method, seed=settings.seed)
+        components = pca.transform(cells.counts)
+        inputs = TeacherInput(
+            pca=components, batch=cells.batch, obs=cells.obs, design=design, obsm=obsm, seed=settings.seed
+        )
+        return pca, components, teacher.teach(inputs)
+
+    pca, components, lesson = ranks.from_first(teach)
     center, scale = lesson.embedding.mean(axis=0), lesson.embedding.std(axis=0)
     scale[scale < 1e-6 * max(float(scale.max()), 1e-12)] = 1.0
     target = (lesson.embedding - center) / scale
@@ -79,7 +88,7 @@ def distill(
     if teacher.info.in_pca_space:
         weight, bias = np.diag(1 / scale), -center / scale
     else:
-        weight, bias = _ridge(components[train], target[train])
+        weight, bias = ranks.from_first(lambda: _ridge(components[train], target[train]))
 
     with seeded(settings.seed, settings.accelerator):
         encoder, decoder = build_networks(
@@ -110,14 +119,14 @@ def distill(
             record=lesson.record,
         )
         # The encoder is frozen now: each cell is encoded once, not once per epoch.
-        latent = fitted.encode(cells)
+        latent = ranks.from_first(lambda: fitted.encode(cells))
         fitted.student_latent = fitted.to_teacher(latent)
         per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
         loaders = _loaders(cells, per_cell, train, validation, settings)
         history["decoder"] = _phase("decoder", decoder, loaders, settings.n_epochs_decoder, settings, cells)
     decoder.requires_grad_(False)
     held_out = np.concatenate([validation, test]) if len(train) < len(cells) else train
-    fitted.usual_misfit = np.sort(fitted.misfit(cells[held_out], latent[held_out]))
+    fitted.usual_misfit = ranks.from_first(lambda: np.sort(fitted.misfit(cells[held_out], latent[held_out])))
     return fitted, history
 
 
@@ -144,6 +153,7 @@ def _phase(
             patience=settings.patience,
             precision=settings.precision,
             accelerator=settings.accelerator,
+            devices=settings.devices,
             progress=settings.progress,
             phase=name,
             obs_names=cells.obs.index.astype(str).tolist(),

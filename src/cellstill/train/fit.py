@@ -14,11 +14,12 @@ from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.errors import InvalidArgumentError, StoreError, check_option
 from cellstill.train.best import KeepBest
 from cellstill.train.checkpoint import describe_run, read_checkpoint
-from cellstill.train.devices import on_device
+from cellstill.train.devices import ACCELERATORS, on_device
 from cellstill.train.loop import Loop, Minibatches
 from cellstill.train.plans import Plan
 from cellstill.train.progress import OnEpoch, reporting
 from cellstill.train.run import Run, to_frame
+from cellstill.train.shared import SharedLoop, end_together, start_together
 
 Path = str | os.PathLike[str]
 
@@ -36,6 +37,7 @@ def fit(
     gradient_clip: float | None = None,
     precision: str = "32-true",
     accelerator: str = "auto",
+    devices: int = 1,
     progress: bool | OnEpoch = False,
     phase: str | None = None,
     obs_names: Sequence[str] | None = None,
@@ -65,17 +67,21 @@ def fit(
         ``"32-true"``, or ``"bf16-mixed"``: matrix products in bfloat16, weights and losses in float32. Faster on
         hardware that has it, with the last digits of the loss lost.
     accelerator
-        ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"gpu"``. One device is used.
+        ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"gpu"``.
+    devices
+        Devices to train on, each with a process of its own: GPUs of this machine, or processes of the CPU, which share
+        its cores. With several machines, those of each. More are faster where a minibatch keeps each of them busy, and
+        change the result no more than rounding does, but for what is drawn at random. See Notes.
     progress
         Show a progress bar, if stderr is a terminal; or a function, called as ``progress(phase, epoch, losses)`` after
-        each epoch.
+        each epoch. Of several processes the first shows or calls it.
     phase
         Name of this training where there are several.
     obs_names
         Names of the cells by their position in the counts, for messages.
     checkpoint
         File that is written after each epoch, in one step that a crash does not interrupt: safetensors and JSON, no
-        pickle.
+        pickle. Of several processes the first reads and writes it.
     resume
         Go on from ``checkpoint`` if it exists. The run ends with the weights and losses, bit for bit, of one that was
         never interrupted, given the same module, data and settings on the same machine and number of threads; torch's
@@ -90,14 +96,35 @@ def fit(
     ------
     TrainingError
         A loss or gradient is not finite. The message names the epoch, minibatch, cells, and the term or parameter; the
-        module is left with its best weights so far, or those of the last epoch whose numbers were finite.
+        module is left with its best weights so far, or those of the last epoch whose numbers were finite. With several
+        devices, all processes raise it; it also ends those whose partner failed in another way.
     StoreError
         ``checkpoint`` exists and ``resume`` is false, cannot be written, is damaged, or belongs to a run with another
         architecture, other data or other settings.
+    InvalidArgumentError
+        An argument is out of range; ``devices`` is more than there are, or than the processes that were started, or
+        other processes cannot be started from here; the processes have other data, modules or settings.
     KeyboardInterrupt
         Training was interrupted; the module is left in evaluation mode.
+
+    Notes
+    -----
+    With ``devices`` above 1, every process runs the same script, and calls ``fit`` with the same data, module and
+    settings, which is checked. Start them with ``torchrun --nproc-per-node=<devices> script.py`` or with ``srun``, on
+    one machine or several; or start the script alone: at the first call with several devices, Lightning Fabric starts
+    the others, which run it from its beginning. That cannot be done from a notebook. What follows in the script runs in
+    every process: ``torch.distributed.get_rank() == 0`` is true in the one that should write results.
+
+    A minibatch, ``batch_size`` cells of all devices together, is cut into shares of consecutive cells, which differ by
+    at most one cell. The gradient is the mean over the shares, weighted by their cells, so that each step, loss and
+    stop is that of training on one device. What a module computes over a minibatch as a whole, such as batch
+    normalisation, is computed over the share; buffers are those of the first process. Random numbers, such as those of
+    dropout, are drawn apart for each share.
+
+    Every process holds the data: its own copy of the counts in memory, unless they are mapped from a file, and on each
+    GPU if they fit.
     """
-    check_option("accelerator", accelerator, ("auto", "cpu", "gpu"))
+    check_option("accelerator", accelerator, ACCELERATORS)
     check_option("precision", precision, ("32-true", "bf16-mixed"))
     if resume and checkpoint is None:
         raise InvalidArgumentError("resume=True needs the checkpoint to go on from: give checkpoint=... as well.")
@@ -109,38 +136,55 @@ def fit(
         return to_frame([], [])
     plan.plan_steps(max_epochs, len(train))
     loaders = {"training": train} if validation is None else {"training": train, "validation": validation}
-    described: dict[str, Any] = {}
-    if checkpoint is not None:
-        settings = {
-            "max_epochs": max_epochs,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "kl_warmup": kl_warmup,
-            "patience": patience,
-            "gradient_clip": gradient_clip,
-            "precision": precision,
-        }
-        described = describe_run(module, loaders, settings)
-    with on_device(module, accelerator, precision) as (device, autocast):
+    with on_device(module, accelerator, precision, devices) as (device, autocast, ranks):
+        described: dict[str, Any] = {}
+        if checkpoint is not None or ranks.size > 1:
+            settings = {
+                "max_epochs": max_epochs,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "kl_warmup": kl_warmup,
+                "patience": patience,
+                "gradient_clip": gradient_clip,
+                "precision": precision,
+                "devices": ranks.size,
+            }
+            described = describe_run(module, loaders, settings)
         if device.type != "cpu":
             for loader in loaders.values():
                 if hasattr(loader, "to"):
                     loader.to(device)
         optimizer = plan.configure_optimizers()
-        loop = Loop(plan, optimizer, train, validation, device=device, autocast=autocast, gradient_clip=gradient_clip)
+        how: dict[str, Any] = {"device": device, "autocast": autocast, "gradient_clip": gradient_clip}
+        if ranks.size == 1:
+            loop = Loop(plan, optimizer, train, validation, **how)
+        else:
+            start_together(ranks, module, described)
+            loop = SharedLoop(plan, optimizer, train, validation, ranks=ranks, **how)
         first_counted = -(-plan.n_warmup // len(train))
         best = KeepBest("train_loss" if validation is None else "validation_loss", patience, first_counted)
         run = Run(loop, loaders, best, max_epochs, obs_names, checkpoint, described)
-        if resume and os.path.exists(checkpoint):  # type: ignore[arg-type]
-            run.go_on(read_checkpoint(checkpoint, described))  # type: ignore[arg-type]
+        if resume:
+            assert checkpoint is not None
+            found = ranks.from_first(
+                lambda: read_checkpoint(checkpoint, described) if os.path.exists(checkpoint) else None
+            )
+            if found is not None:
+                run.go_on(found)
         try:
             watching = reporting(
-                progress, phase, n_epochs=max_epochs, steps_per_epoch=len(train), start=len(run.epochs)
+                progress if ranks.is_first else False,
+                phase,
+                n_epochs=max_epochs,
+                steps_per_epoch=len(train),
+                start=len(run.epochs),
             )
             with watching as reporter, keeping_freed_memory():
                 run.train(reporter)
         finally:
             module.eval()
+        if ranks.size > 1:
+            end_together(ranks, module)
     return run.history()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -59,19 +61,12 @@ def find_fault(loop: Loop) -> Fault | None:
 
 
 def _in_training(loop: Loop) -> Fault | None:
-    module = loop.plan.module
-    set_training(module)
+    set_training(loop.plan.module)
     with closing(loop.batches(loop.train)) as batches:
         for index, batch in enumerate(batches):
-            loss = loop.forward(batch)
-            what = _of_loss(loss, "train")
-            if what is None:
-                loss.total.backward()
-                wrong = non_finite((name, parameter.grad) for name, parameter in module.named_parameters())
-                if wrong:
-                    what = f"The gradient of {_listed(wrong)} is not finite while train_loss is {loss.total.item():g}"
-            if what is not None:
-                return Fault("train", index, what, *_cells(loop, batch, loss))
+            fault = _fault("train", index, loop.ranks.gather(_look(loop, batch, train=True)))
+            if fault is not None:
+                return fault
             loop.update()
     return None
 
@@ -79,33 +74,86 @@ def _in_training(loop: Loop) -> Fault | None:
 def _in_validation(loop: Loop) -> Fault | None:
     if loop.validation is None:
         return None
-    module = loop.plan.module
-    with evaluating(module), closing(loop.batches(loop.validation)) as batches:
+    with evaluating(loop.plan.module), closing(loop.batches(loop.validation)) as batches:
         for index, batch in enumerate(batches):
-            with torch.no_grad():
-                loss = loop.evaluate(batch)
-            what = _of_loss(loss, "validation")
-            if what is not None:
-                return Fault("validation", index, what, *_cells(loop, batch, loss))
+            fault = _fault("validation", index, loop.ranks.gather(_look(loop, batch, train=False)))
+            if fault is not None:
+                return fault
     return None
 
 
-def _of_loss(loss: Loss, split: str) -> str | None:
-    wrong = non_finite(loss.terms.items())
-    if not wrong and bool(loss.total.isfinite()):
+class _Look(NamedTuple):
+    """What a process sees of a minibatch, of which it may have a share only, or no cell.
+
+    Attributes
+    ----------
+    n, total
+        Number of cells, and their mean loss.
+    terms, gradients
+        Names of those that are not finite.
+    cells
+        Of a fault, which cells of the share are to blame, or all.
+    rows
+        Positions of the share's cells in the data, if they are known.
+    """
+
+    n: int = 0
+    total: float = 0.0
+    terms: Sequence[str] = ()
+    gradients: Sequence[str] = ()
+    cells: Sequence[int] = ()
+    rows: Sequence[int] | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        return bool(self.terms or self.gradients) or not math.isfinite(self.total)
+
+
+def _look(loop: Loop, batch: Batch, train: bool) -> _Look:
+    if not batch:
+        return _Look()
+    if train:
+        loss = loop.forward(batch)
+    else:
+        with torch.no_grad():
+            loss = loop.evaluate(batch)
+    look = _Look(loss.n, loss.total.item(), non_finite(loss.terms.items()))
+    if train and not look.is_fault:
+        loop.backward(loss)
+        gradients = ((name, parameter.grad) for name, parameter in loop.plan.module.named_parameters())
+        look = look._replace(gradients=non_finite(gradients))
+    if look.is_fault:
+        rows = batch["rows"].tolist() if "rows" in batch else None
+        look = look._replace(cells=_cells(loop, batch, loss), rows=rows)
+    return look
+
+
+def _fault(split: str, index: int, looks: Sequence[_Look]) -> Fault | None:
+    faulty = [look for look in looks if look.is_fault]
+    if not faulty:
         return None
-    of_term = f" (term {_listed(wrong)})" if wrong else ""
-    return f"{split}_loss is {loss.total.item():g}{of_term}"
+    n = sum(look.n for look in looks)
+    total = sum(look.total * look.n for look in looks) / n
+    terms = list(dict.fromkeys(name for look in faulty for name in look.terms))
+    gradients = list(dict.fromkeys(name for look in faulty for name in look.gradients))
+    if math.isfinite(total) and not terms:
+        what = f"The gradient of {_listed(gradients)} is not finite while {split}_loss is {total:g}"
+    else:
+        what = f"{split}_loss is {total:g}" + (f" (term {_listed(terms)})" if terms else "")
+    cells: list[int] = []
+    before = 0
+    for look in looks:
+        cells += [before + cell if look.rows is None else look.rows[cell] for cell in look.cells]
+        before += look.n
+    return Fault(split, index, what, cells, len(cells) < n)
 
 
-def _cells(loop: Loop, batch: Batch, loss: Loss) -> tuple[list[int], bool]:
-    positions = batch["rows"].tolist() if "rows" in batch else list(range(loss.n))
+def _cells(loop: Loop, batch: Batch, loss: Loss) -> Sequence[int]:
+    """Which cells of the minibatch are to blame, or all."""
     wrong: list[int] = []
     if loss.per_cell is not None:
         wrong = (~loss.per_cell.isfinite()).nonzero().flatten().tolist()
-    wrong = wrong or list(_wrong_alone(loop, batch, loss.n))
-    alone = 0 < len(wrong) < loss.n
-    return [positions[i] for i in wrong] if alone else positions, alone
+    return wrong or list(_wrong_alone(loop, batch, loss.n)) or range(loss.n)
 
 
 def _wrong_alone(loop: Loop, batch: Batch, n: int) -> Iterator[int]:

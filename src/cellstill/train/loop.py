@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from cellstill.train.plans import Loss, LossSums, Plan
+from cellstill.train.ranks import Ranks
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -50,7 +51,11 @@ class Loop:
     ----------
     step
         Steps done.
+    ranks
+        The processes that train together: here this one alone.
     """
+
+    ranks = Ranks()
 
     def __init__(
         self,
@@ -117,6 +122,10 @@ class Loop:
         self.optimizer.zero_grad()
         with self.autocast():
             return self.plan.evaluate(batch, self.step)
+
+    def backward(self, loss: Loss) -> None:
+        """Compute the gradients of a training minibatch."""
+        loss.total.backward()
 
     def update(self) -> None:
         """Clip the gradients and take the step."""

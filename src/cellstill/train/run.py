@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from cellstill.train.checkpoint import Progress, write_checkpoint
 from cellstill.train.guard import find_fault
 from cellstill.train.loop import Loop, Minibatches
 from cellstill.train.progress import Reporter
-from cellstill.train.state import State, put_state, put_weights, take_state
+from cellstill.train.state import State, join_rng, put_state, put_weights, rng_of, take_state
 
 
 class Run:
@@ -35,7 +36,7 @@ class Run:
     obs_names
         Names of cells by position, for messages.
     checkpoint
-        File to write after each epoch, or ``None``.
+        File that the first process writes after each epoch, or ``None``.
     described
         What the run was started with (:func:`~cellstill.train.checkpoint.describe_run`).
 
@@ -71,7 +72,8 @@ class Run:
 
     def go_on(self, progress: Progress) -> None:
         """Take over what a checkpoint holds."""
-        put_state(progress.state, self.module, self.loop.optimizer, self.loaders)
+        state = dataclasses.replace(progress.state, rng=rng_of(progress.state.rng, self.loop.ranks.rank))
+        put_state(state, self.module, self.loop.optimizer, self.loaders)
         self.loop.step = progress.step
         self.epochs, self.seconds = progress.epochs, progress.seconds
         self.best.value, self.best.epoch = progress.best_value, progress.best_epoch
@@ -91,8 +93,10 @@ class Run:
             self.epochs.append(losses)
             self.seconds.append(time.perf_counter() - started)
             state = self._take_state(state)
-            self._write(state)
-            reporter.epoch(epoch, losses)
+            all_rng = [] if self.checkpoint is None else self.loop.ranks.gather(state.rng)
+            with self.loop.ranks.together():
+                self._write(state, all_rng)
+                reporter.epoch(epoch, losses)
         if self.best.weights:
             put_weights(self.module, self.best.weights)
 
@@ -142,12 +146,19 @@ class Run:
         put_state(state, self.module, self.loop.optimizer, self.loaders)
         self.loop.step = epoch * len(self.loop.train)
 
-    def _write(self, state: State) -> None:
-        if self.checkpoint is None:
+    def _write(self, state: State, all_rng: Sequence[dict[str, torch.Tensor]]) -> None:
+        if self.checkpoint is None or not self.loop.ranks.is_first:
             return
         best = self.best
         progress = Progress(
-            state, self.loop.step, self.epochs, self.seconds, best.value, best.epoch, best.weights, self.finished
+            dataclasses.replace(state, rng=join_rng(all_rng)),
+            self.loop.step,
+            self.epochs,
+            self.seconds,
+            best.value,
+            best.epoch,
+            best.weights,
+            self.finished,
         )
         write_checkpoint(self.checkpoint, progress, self.described)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ class State:
     moments
         What the optimiser remembers of each parameter, as ``<parameter>/<name>``; empty before the first step.
     rng
-        States of torch's generators, by device.
+        States of torch's generators, by device; in a checkpoint of several processes, those of all.
     epochs
         Next epoch of each loader that shuffles, by its role.
     """
@@ -47,7 +47,7 @@ def take_state(
     }
     epochs = {role: loader.epoch for role, loader in loaders.items() if hasattr(loader, _EPOCH)}
     weights = copy_weights(module, into.weights if into else None)
-    return State(weights, _copy(moments, into.moments if into else None), _take_rng(module), epochs)
+    return State(weights, _copy(moments, into.moments if into else None), take_rng(module), epochs)
 
 
 def put_state(
@@ -62,10 +62,31 @@ def put_state(
             optimizer.state[parameter][key.rpartition("/")[2]] = value.to(parameter.device, copy=True)
     for role, epoch in state.epochs.items():
         setattr(loaders[role], _EPOCH, epoch)
-    torch.set_rng_state(state.rng["cpu"])
-    for device, generator in state.rng.items():
-        if device != "cpu":
+    put_rng(state.rng)
+
+
+def put_rng(rng: Mapping[str, torch.Tensor]) -> None:
+    """Go back, or on, to states of the random generators."""
+    for device, generator in rng.items():
+        if device == "cpu":
+            torch.set_rng_state(generator)
+        else:
             torch.cuda.set_rng_state(generator, device)
+
+
+def join_rng(each: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put the states of several processes' generators under one name each: those of the first under their own."""
+    return {
+        f"{rank}/{device}" if rank else device: generator
+        for rank, rng in enumerate(each)
+        for device, generator in rng.items()
+    }
+
+
+def rng_of(joined: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Take one process's states out of what :func:`join_rng` made."""
+    named = ((*name.rpartition("/")[::2], generator) for name, generator in joined.items())
+    return {device: generator for owner, device, generator in named if owner == (str(rank) if rank else "")}
 
 
 def copy_weights(module: torch.nn.Module, into: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -97,7 +118,8 @@ def _copy(tensors: dict[str, torch.Tensor], into: dict[str, torch.Tensor] | None
     return into
 
 
-def _take_rng(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def take_rng(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the states of torch's generators on the CPU and on the module's devices, by device."""
     rng = {"cpu": torch.get_rng_state()}
     for device in {parameter.device for parameter in module.parameters()}:
         if device.type == "cuda":
