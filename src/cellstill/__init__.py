@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"Distiller": "cellstill.distill"}
-_SUBPACKAGES = {"data", "de", "distill", "errors", "io", "metrics", "nn", "pl", "teachers", "train"}
+_PUBLIC = {
+    "AmbientRegularizedSCVI": "cellstill.vi",
+    "Distiller": "cellstill.distill",
+    "RegularizedMultimodalVI": "cellstill.vi",
+}
+_SUBPACKAGES = {"data", "de", "distill", "errors", "io", "metrics", "nn", "pl", "teachers", "train", "vi"}
 
-__all__ = ["Distiller", "__version__"]
+__all__ = ["AmbientRegularizedSCVI", "Distiller", "RegularizedMultimodalVI", "__version__"]
 
 if TYPE_CHECKING:
     from cellstill.distill import Distiller
+    from cellstill.vi import AmbientRegularizedSCVI, RegularizedMultimodalVI
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 from scvi import REGISTRY_KEYS
 
-from cellstill._compat.scvi import RegisteredModel, category_registry, register, setup_args
+from cellstill._compat.scvi import RegisteredModel, category_registry, register, registered_categories, setup_args
 
 ARGUMENTS = {"batch_key": "tech", "labels_key": "kind", "layer": None}
 
@@ -130,3 +130,183 @@ def test_nothing_is_kept_alive(adata):
     gc.collect()
     assert alive() is None
     assert ident not in Model._per_instance_manager_store
+
+
+# Categories.
+
+
+def test_categories_that_no_cell_has_get_no_code():
+    data = make()
+    data.obs["tech"] = pd.Categorical(data.obs["tech"], categories=["z", "unused", "y", "x"])
+    Model.setup_anndata(data, "tech", "kind")
+    manager = Model(data).adata_manager
+    assert registered_categories(manager) == {"batch": ("z", "y", "x"), "labels": ("a", "b")}
+    assert manager.summary_stats.n_batch == 3
+    np.testing.assert_array_equal(codes(manager, "batch"), np.resize([2, 1, 0], 30))
+
+
+@pytest.mark.parametrize("unknown", [0, "", False], ids=["zero", "empty", "false"])
+def test_an_unknown_category_that_counts_as_false_is_refused(unknown):
+    known = category_registry("Model", ARGUMENTS, {"batch": ["1", "2"], "labels": ["a", "b"]})
+    with pytest.raises(ValueError, match=f"Category {unknown} not found in source registry"):
+        Model.setup_anndata(make(batches=(unknown,)), "tech", "kind", source_registry=known)
+
+
+def test_unknown_categories_are_appended_on_request():
+    known = category_registry("Model", ARGUMENTS, {"batch": ["z", "a"], "labels": ["a", "b"]})
+    query = make(batches=("y", "z", "x"))
+    register(
+        Model,
+        query,
+        categorical={"batch": "tech", "labels": "kind"},
+        setup_args=ARGUMENTS,
+        source_registry=known,
+        extend_categories=True,
+    )
+    manager = Model(query).adata_manager
+    assert registered_categories(manager)["batch"] == ("z", "a", "x", "y")
+    np.testing.assert_array_equal(codes(manager, "batch"), np.resize([3, 0, 2], 30))
+
+
+def test_missing_values_are_refused():
+    data = make()
+    data.obs["tech"] = [None, *data.obs["tech"][1:]]
+    with pytest.raises((ValueError, TypeError)):
+        Model.setup_anndata(data, "tech", "kind")
+
+
+def test_few_cells_of_a_category_need_no_warning():
+    Model.setup_anndata(make(n_obs=4), "tech", "kind")
+
+
+# Several columns, and modalities.
+
+COLUMNS = {"batch": "tech", "covariate_kind": "kind"}
+SETUP = {"layers": {"rna": None, "atac": "raw"}}
+
+
+class Joint(RegisteredModel):
+    @classmethod
+    def setup_anndata(cls, adata):
+        raise NotImplementedError
+
+    @classmethod
+    def setup_mudata(cls, mdata, source_registry=None, **settings):
+        register(
+            cls,
+            mdata,
+            layers=SETUP["layers"],
+            categorical=COLUMNS,
+            continuous=["depth", "age"],
+            setup_args=SETUP,
+            source_registry=source_registry,
+            **settings,
+        )
+
+    def train(self):
+        raise NotImplementedError
+
+
+def make_mudata(batches=("x", "y", "z")):
+    """Cells of two modalities, the first and last ten of which have only one."""
+    mudata = pytest.importorskip("mudata")
+    whole = make(batches)
+    atac = whole[10:].copy()
+    atac.layers["raw"], atac.var_names = atac.X.copy(), [f"p{i}" for i in range(5)]
+    with mudata.set_options(pull_on_update=False):
+        mdata = mudata.MuData({"rna": whole[:20].copy(), "atac": atac})
+    for column in ("tech", "kind"):
+        mdata.obs[column] = whole.obs[column][mdata.obs_names]
+    mdata.obs["depth"], mdata.obs["age"] = np.arange(30.0), np.arange(30)
+    return mdata
+
+
+def test_unpaired_modalities_and_several_columns_are_registered():
+    mdata = make_mudata()
+    Joint.setup_mudata(mdata)
+    model = Joint(mdata)
+    manager = model.adata_manager
+    assert manager.get_from_registry("X_rna") is mdata["rna"].X
+    assert manager.get_from_registry("X_atac") is mdata["atac"].layers["raw"]
+    assert registered_categories(manager) == {"batch": ("x", "y", "z"), "covariate_kind": ("a", "b")}
+    np.testing.assert_array_equal(codes(manager, "batch"), pd.Categorical(mdata.obs["tech"]).codes)
+    continuous = manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY)
+    np.testing.assert_array_equal(np.asarray(continuous), mdata.obs[["depth", "age"]])
+    stats = manager.summary_stats
+    assert (stats.n_batch, stats.n_covariate_kind, stats.n_X_rna, stats.n_X_atac) == (3, 2, 5, 5)
+    assert stats.n_extra_continuous_covs == 2
+    assert manager.registry["setup_method_name"] == "setup_mudata"
+    assert setup_args(model.registry) == SETUP
+
+
+def test_our_registry_of_modalities_agrees_with_that_of_scvi_tools():
+    mdata = make_mudata()
+    Joint.setup_mudata(mdata)
+    theirs = Joint(mdata).adata_manager.registry
+    known = {"batch": ["x", "y", "z"], "covariate_kind": ["a", "b"]}
+    ours = category_registry("Joint", SETUP, known, columns=COLUMNS, mudata=True)
+    assert ours["setup_method_name"] == theirs["setup_method_name"]
+    for key, entry in ours["field_registries"].items():
+        real = theirs["field_registries"][key]
+        assert entry["data_registry"] == dict(real["data_registry"])
+        assert entry["summary_stats"] == dict(real["summary_stats"])
+        for name, value in entry["state_registry"].items():
+            np.testing.assert_array_equal(value, real["state_registry"][name])
+
+
+def test_known_codes_are_kept_for_other_modalities():
+    known = category_registry(
+        "Joint", SETUP, {"batch": ["z", "q", "y"], "covariate_kind": ["b", "a"]}, columns=COLUMNS, mudata=True
+    )
+    query = make_mudata(batches=("y", "z"))
+    Joint.setup_mudata(query, source_registry=known)
+    manager = Joint(query).adata_manager
+    np.testing.assert_array_equal(codes(manager, "batch"), query.obs["tech"].map({"z": 0, "y": 2}))
+    np.testing.assert_array_equal(codes(manager, "covariate_kind"), query.obs["kind"].map({"b": 0, "a": 1}))
+    with pytest.raises(ValueError, match="Category x not found"):
+        Joint.setup_mudata(make_mudata(), source_registry=known)
+    Joint.setup_mudata(query_with_more := make_mudata(), source_registry=known, extend_categories=True)
+    assert registered_categories(Joint(query_with_more).adata_manager)["batch"] == ("z", "q", "y", "x")
+
+
+def test_a_model_of_modalities_is_made_without_data():
+    known = category_registry("Joint", SETUP, {"batch": ["x"]}, columns={"batch": "tech"}, mudata=True)
+    model = Joint(None, known)
+    assert model.adata is None
+    assert setup_args(model.registry) == SETUP
+
+
+def test_several_columns_of_an_anndata_with_numbers():
+    data = make()
+    data.obs["depth"] = np.arange(30.0)
+    register(Model, data, categorical=COLUMNS, continuous=["depth"], setup_args=ARGUMENTS)
+    manager = Model(data).adata_manager
+    assert set(registered_categories(manager)) == set(COLUMNS)
+    assert manager.get_from_registry(REGISTRY_KEYS.CONT_COVS_KEY).columns.tolist() == ["depth"]
+
+
+def test_the_setup_of_modalities_can_be_viewed(capsys):
+    mdata = make_mudata()
+    Joint.setup_mudata(mdata)
+    Joint(mdata).adata_manager.view_registry()
+    assert "adata.obs['tech']" in capsys.readouterr().out
+
+
+def test_data_registered_again_by_another_class_stay_registered():
+    mdata = make_mudata()
+    Joint.setup_mudata(mdata)
+    model = Joint(mdata)
+    register(Other, mdata, layers={"rna": None}, categorical={"batch": "kind"}, setup_args={})
+    np.testing.assert_array_equal(codes(Other(mdata).adata_manager, "batch"), pd.Categorical(mdata.obs["kind"]).codes)
+    model.adata_manager.validate()
+    np.testing.assert_array_equal(codes(model.adata_manager, "batch"), pd.Categorical(mdata.obs["tech"]).codes)
+
+
+def test_no_mudata_is_kept_alive():
+    mdata = make_mudata()
+    Joint.setup_mudata(mdata)
+    model = Joint(mdata)
+    alive = weakref.ref(mdata)
+    del mdata, model
+    gc.collect()
+    assert alive() is None

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import rich.pretty  # noqa: F401  (scvi-tools 1.4 uses it in view_anndata_setup without importing it)
 import scvi
 from scvi import REGISTRY_KEYS
-from scvi.data import AnnDataManager
-from scvi.data.fields import CategoricalObsField, LayerField
+from scvi.data import AnnDataManager, AnnDataManagerValidationCheck
+from scvi.data.fields import (
+    CategoricalObsField,
+    LayerField,
+    MuDataLayerField,
+    MuDataNumericalJointObsField,
+    MuDataWrapper,
+    NumericalJointObsField,
+)
 from scvi.model.base import BaseModelClass
 from scvi.model.base._base_model import BaseModelMetaClass
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 
 class _WeakStores(BaseModelMetaClass):
@@ -36,7 +43,7 @@ class _WeakStores(BaseModelMetaClass):
 class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
     """scvi-tools' model base, with a registry that ends with its data and its model."""
 
-    def __init__(self, adata: AnnData | None = None, registry: dict[str, Any] | None = None) -> None:
+    def __init__(self, adata: AnnData | MuData | None = None, registry: dict[str, Any] | None = None) -> None:
         super().__init__(adata, registry)
         # The per-instance store would keep the data of a deleted model.
         weakref.finalize(self, self._per_instance_manager_store.pop, self.id, None)
@@ -48,48 +55,110 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
         super().register_manager(adata_manager)
 
 
+class _ObservedCategories(CategoricalObsField):
+    """A categorical column whose codes are of the categories that occur, known by name.
+
+    scvi-tools keeps a code for categories that no cell has, and takes an unknown category named 0, False or "" for a
+    known one.
+    """
+
+    def register_field(self, adata: AnnData | MuData) -> dict[str, Any]:
+        """Learn the categories."""
+        self.validate_field(adata)
+        values = adata.obs[self._original_attr_key]
+        present = values.unique()
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            known = values.cat.categories
+            return self._encode(adata, known[known.isin(present)].to_numpy())
+        return self._encode(adata, np.sort(np.asarray(present)))
+
+    def transfer_field(
+        self, state_registry: dict, adata_target: AnnData | MuData, extend_categories: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Keep the categories of other data."""
+        self.validate_field(adata_target)
+        mapping = np.asarray(state_registry[self.CATEGORICAL_MAPPING_KEY], dtype=object)
+        names = adata_target.obs[self._original_attr_key].astype(str)
+        unknown = sorted(set(names) - set(map(str, mapping)))
+        if unknown and not extend_categories:
+            raise ValueError(
+                f"obs[{self._original_attr_key!r}]: Category {unknown[0]} not found in source registry, which has "
+                f"{[str(name) for name in mapping[:10]]}{' and others' if len(mapping) > 10 else ''}."
+            )
+        return self._encode(adata_target, np.append(mapping, np.asarray(unknown, dtype=object)))
+
+    def _encode(self, adata: AnnData | MuData, mapping: np.ndarray) -> dict[str, Any]:
+        names = pd.Index([str(value) for value in mapping])
+        codes = names.get_indexer(pd.Index(adata.obs[self._original_attr_key].astype(str)))
+        if (codes < 0).any():
+            raise ValueError(f"obs[{self._original_attr_key!r}] has missing values.")
+        adata.obs[self.attr_key] = codes.astype(np.int64)
+        return {self.CATEGORICAL_MAPPING_KEY: mapping, self.ORIGINAL_ATTR_KEY: self._original_attr_key}
+
+
+_MuDataObservedCategories = MuDataWrapper(_ObservedCategories)
+
+
 def register(
     cls: type[RegisteredModel],
-    adata: AnnData,
+    data: AnnData | MuData,
     *,
-    layer: str | None,
-    categorical: dict[str, str],
+    layer: str | None = None,
+    layers: Mapping[str, str | None] | None = None,
+    categorical: Mapping[str, str],
+    continuous: Sequence[str] = (),
     setup_args: dict[str, Any],
     source_registry: dict[str, Any] | None = None,
+    extend_categories: bool = False,
 ) -> None:
-    """Register a count layer and categorical ``obs`` columns of ``adata`` with a model class.
+    """Register count layers and ``obs`` columns with a model class.
 
     Parameters
     ----------
     cls
         Model class.
-    adata
-        Data; not a view.
+    data
+        AnnData, or MuData with ``layers``, whose cells need not have all modalities; not a view. The columns have to
+        be in its own ``obs``.
     layer
-        Layer with counts, or ``None`` for ``X``.
+        Layer with the counts of an AnnData, or ``None`` for ``X``.
+    layers
+        Layer with counts of each modality of a MuData; their registry keys are ``"X_{modality}"``.
     categorical
         ``obs`` column of each registry key, such as ``"batch"``.
+    continuous
+        ``obs`` columns with numbers; their joint registry key is that of scvi-tools, ``"extra_continuous_covs"``.
     setup_args
-        Arguments of ``setup_anndata``, kept in the registry.
+        Arguments of ``setup_anndata`` or ``setup_mudata``, kept in the registry.
     source_registry
         Registry whose category codes are to be kept, from :func:`category_registry`.
+    extend_categories
+        Append categories that it does not know, instead of refusing them.
     """
-    fields = [LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=False, correct_data_format=False)]
-    fields += [CategoricalObsField(key, column) for key, column in categorical.items()]
+    fields: list[Any] = []
+    for name, place in ({None: layer} if layers is None else dict(layers)).items():
+        as_they_are = {"is_count_data": False, "correct_data_format": False}
+        if name is None:
+            fields.append(LayerField(REGISTRY_KEYS.X_KEY, place, **as_they_are))
+        else:
+            key = f"{REGISTRY_KEYS.X_KEY}_{name}"
+            fields.append(MuDataLayerField(key, place, mod_key=name, mod_required=True, **as_they_are))
+    obs_field = _ObservedCategories if layers is None else _MuDataObservedCategories
+    fields += [obs_field(key, column) for key, column in categorical.items()]
+    if continuous:
+        joint_field = NumericalJointObsField if layers is None else MuDataNumericalJointObsField
+        fields.append(joint_field(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous)))
     manager = AnnDataManager(
         fields=fields,
         setup_method_args={
             "model_name": cls.__name__,
-            "setup_method_name": "setup_anndata",
+            "setup_method_name": _method_name(mudata=layers is not None),
             "setup_args": setup_args,
         },
+        validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
     )
-    if source_registry is not None:
-        source_registry = _with_values_of(source_registry, adata, categorical)
-    with warnings.catch_warnings():
-        # Small batches are checked where they matter.
-        warnings.filterwarnings("ignore", message="Category .* has fewer than 3 cells")
-        manager.register_fields(adata, source_registry)
+    extending = {} if source_registry is None else {"extend_categories": extend_categories}
+    manager.register_fields(data, source_registry, **extending)
     cls.register_manager(manager)
 
 
@@ -111,22 +180,50 @@ def registered_arrays(manager: AnnDataManager) -> tuple[Any, dict[str, np.ndarra
     return manager.get_from_registry(REGISTRY_KEYS.X_KEY), arrays
 
 
-def category_registry(model_name: str, arguments: dict[str, Any], known: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def registered_categories(manager: AnnDataManager) -> dict[str, tuple[str, ...]]:
+    """Names of the categories of each categorical registry key, in the order of their codes."""
+    states = {key: field["state_registry"] for key, field in manager.registry["field_registries"].items()}
+    mapping = CategoricalObsField.CATEGORICAL_MAPPING_KEY
+    return {key: tuple(str(value) for value in state[mapping]) for key, state in states.items() if mapping in state}
+
+
+def category_registry(
+    model_name: str,
+    arguments: dict[str, Any],
+    known: Mapping[str, Sequence[str]],
+    *,
+    columns: Mapping[str, str] | None = None,
+    mudata: bool = False,
+) -> dict[str, Any]:
     """Build the registry of a model that was saved: its set-up arguments and the codes of its categories.
 
-    Genes are left out, because they are matched by name when data are attached.
+    Genes are left out, because they are matched by name when data are attached, and continuous columns, because they
+    have no state.
+
+    Parameters
+    ----------
+    model_name
+        Name of the class.
+    arguments
+        Arguments of ``setup_anndata`` or ``setup_mudata``.
+    known
+        Names of the categories of each registry key.
+    columns
+        ``obs`` column of each registry key; ``None`` takes those that ``arguments`` name as ``"{key}_key"``.
+    mudata
+        The data were set up with ``setup_mudata``.
     """
     return {
         "scvi_version": scvi.__version__,
         "model_name": model_name,
         "setup_args": arguments,
-        "setup_method_name": "setup_anndata",
+        "setup_method_name": _method_name(mudata=mudata),
         "field_registries": {
             key: {
                 "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{key}"},
                 "state_registry": {
                     "categorical_mapping": np.asarray(names, dtype=object),
-                    "original_key": arguments[f"{key}_key"],
+                    "original_key": arguments[f"{key}_key"] if columns is None else columns[key],
                 },
                 "summary_stats": {f"n_{key}": len(names)},
             }
@@ -135,14 +232,5 @@ def category_registry(model_name: str, arguments: dict[str, Any], known: Mapping
     }
 
 
-def _with_values_of(registry: dict[str, Any], adata: AnnData, categorical: dict[str, str]) -> dict[str, Any]:
-    """Turn saved names back into values of the columns they are looked for in, which need not be strings."""
-    cast: dict[str, Callable[[str], Any]] = {"i": int, "u": int, "f": float, "b": "True".__eq__}
-    registry = deepcopy(registry)
-    for key, column in categorical.items():
-        kind = adata.obs[column].astype("category").cat.categories.dtype.kind
-        state = registry["field_registries"][key]["state_registry"]
-        state["categorical_mapping"] = np.asarray(
-            [cast.get(kind, str)(name) for name in state["categorical_mapping"]], dtype=object
-        )
-    return registry
+def _method_name(*, mudata: bool) -> str:
+    return "setup_mudata" if mudata else "setup_anndata"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -41,10 +42,22 @@ class ResidentCounts:
     @classmethod
     def of(cls, counts: sp.csr_matrix, device: torch.device) -> ResidentCounts | None:
         """Bring a matrix to a device, once for all loaders of it; ``None`` if it does not fit."""
-        known = cls._living.get((id(counts), device))
-        if known is None and n_bytes(counts) <= _LARGEST_SHARE * free_memory(device):
-            known = cls._living[id(counts), device] = cls(counts, device)
-        return known
+        found = cls.of_all([counts], device)
+        return None if found is None else found[0]
+
+    @classmethod
+    def of_all(cls, matrices: Sequence[sp.csr_matrix], device: torch.device) -> list[ResidentCounts] | None:
+        """Bring matrices to a device; ``None``, and nothing brought, if they do not fit together."""
+        new = sum(n_bytes(counts) for counts in matrices if (id(counts), device) not in cls._living)
+        if new > _LARGEST_SHARE * free_memory(device):
+            return None
+        found = []
+        for counts in matrices:
+            known = cls._living.get((id(counts), device))
+            if known is None:
+                known = cls._living[id(counts), device] = cls(counts, device)
+            found.append(known)
+        return found
 
     def gather(self, rows: torch.Tensor, nnz: int) -> dict[str, torch.Tensor]:
         """Gather rows without waiting for the device.

@@ -12,8 +12,8 @@ import scipy.sparse as sp
 
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.genes import align_genes
+from cellstill.data.selection import cell_positions
 from cellstill.distill.student import MEAN_BATCH
-from cellstill.errors import InvalidArgumentError, check_option
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,23 +85,5 @@ class Cells:
     def __getitem__(self, indices: np.ndarray | slice | None) -> Cells:
         if indices is None:
             return self
-        if not isinstance(indices, slice):
-            indices = np.asarray(indices)
-            indices = indices if indices.dtype == bool else indices.astype(np.intp)
-        # Masks and slices become positions; NumPy refuses a mask of another length.
-        indices = np.arange(len(self))[indices]
-        if indices.size == 0:
-            raise InvalidArgumentError("indices selects no cell. Give positions, a slice, or a mask of all cells.")
+        indices = cell_positions(indices, len(self))
         return Cells(self.counts[indices], self.batch[indices], self.obs.iloc[indices], self.gene_overlap)
-
-
-def gene_positions(genes: Sequence[str], wanted: Sequence[str] | None, argument: str) -> np.ndarray | slice:
-    """Positions of genes by name; ``None`` means all of them."""
-    if wanted is None:
-        return slice(None)
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    positions = pd.Index(genes).get_indexer(pd.Index(wanted))
-    if (positions < 0).any():
-        unknown = [gene for gene, position in zip(wanted, positions, strict=True) if position < 0]
-        check_option(argument, unknown[0], [*genes[:5], "..."])
-    return positions

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from cellstill.distill.cells import Cells, gene_positions
+from cellstill.data.selection import gene_positions
+from cellstill.distill.cells import Cells
 from cellstill.distill.trained import Trained
 from cellstill.errors import InvalidArgumentError
 from cellstill.io.arrays import Out, output_array

@@ -18,6 +18,8 @@ class KeepBest:
         Loss to watch.
     patience
         Epochs without improvement before training stops; ``None`` never stops early, but still keeps the best.
+    min_delta
+        Smallest fall of the loss that is an improvement.
     start
         First epoch that counts: those before it are warm-up, whose losses cannot be compared with later ones.
 
@@ -29,10 +31,11 @@ class KeepBest:
         The weights at the end of that epoch.
     """
 
-    def __init__(self, monitor: str, patience: int | None, start: int = 0) -> None:
+    def __init__(self, monitor: str, patience: int | None, start: int = 0, min_delta: float = 0.0) -> None:
         self.monitor = monitor
         self.patience = math.inf if patience is None else patience
         self.start = start
+        self.min_delta = min_delta
         self.value = math.inf
         self.epoch: int | None = None
         self.weights: dict[str, torch.Tensor] = {}
@@ -41,7 +44,7 @@ class KeepBest:
         """Compare an epoch with the best so far, and return whether to stop after it."""
         if epoch < self.start:
             return False
-        if losses[self.monitor] < self.value:
+        if losses[self.monitor] < self.value - self.min_delta:
             self.value, self.epoch = losses[self.monitor], epoch
             self.weights = copy_weights(module, self.weights)
             return False

@@ -34,6 +34,7 @@ def fit(
     weight_decay: float = 0.0,
     kl_warmup: int | float | None = None,
     patience: int | None = 10,
+    min_delta: float = 0.0,
     gradient_clip: float | None = None,
     precision: str = "32-true",
     accelerator: str = "auto",
@@ -61,6 +62,9 @@ def fit(
         starts after the warm-up.
     patience
         Epochs without a lower monitored loss before training stops; ``None`` trains for ``max_epochs``.
+    min_delta
+        Smallest fall of the monitored loss that counts. Larger stops sooner, and keeps the weights of the last epoch
+        that fell so much.
     gradient_clip
         Largest norm of a step's gradient; ``None`` does not clip.
     precision
@@ -130,7 +134,8 @@ def fit(
         raise InvalidArgumentError("resume=True needs the checkpoint to go on from: give checkpoint=... as well.")
     if checkpoint is not None and os.path.exists(checkpoint) and not resume:
         raise StoreError(f"{checkpoint} exists. Pass resume=True to go on from it, or choose another checkpoint.")
-    plan = Plan(module, lr=lr, weight_decay=weight_decay, kl_warmup=kl_warmup)
+    n_obs = len(train.cells) if hasattr(train, "cells") else None
+    plan = Plan(module, lr=lr, weight_decay=weight_decay, kl_warmup=kl_warmup, n_obs=n_obs)
     if max_epochs < 1:
         module.eval()
         return to_frame([], [])
@@ -145,6 +150,7 @@ def fit(
                 "weight_decay": weight_decay,
                 "kl_warmup": kl_warmup,
                 "patience": patience,
+                "min_delta": min_delta,
                 "gradient_clip": gradient_clip,
                 "precision": precision,
                 "devices": ranks.size,
@@ -162,7 +168,7 @@ def fit(
             start_together(ranks, module, described)
             loop = SharedLoop(plan, optimizer, train, validation, ranks=ranks, **how)
         first_counted = -(-plan.n_warmup // len(train))
-        best = KeepBest("train_loss" if validation is None else "validation_loss", patience, first_counted)
+        best = KeepBest("train_loss" if validation is None else "validation_loss", patience, first_counted, min_delta)
         run = Run(loop, loaders, best, max_epochs, obs_names, checkpoint, described)
         if resume:
             assert checkpoint is not None

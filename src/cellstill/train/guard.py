@@ -187,12 +187,15 @@ def _is_wrong(loop: Loop, batch: Batch, start: int, stop: int) -> bool:
 
 def cut(batch: Batch, start: int, stop: int) -> dict[str, torch.Tensor]:
     """Take consecutive cells out of a minibatch."""
-    part = {name: values[start:stop] for name, values in batch.items() if name not in _CSR}
-    if "indptr" in batch:
-        indptr = batch["indptr"][start : stop + 1]
+    part = {name: values[start:stop] for name, values in batch.items() if name.rpartition("/")[2] not in _CSR}
+    for name, values in batch.items():
+        prefix, found, _ = name.rpartition("indptr")
+        if not found:
+            continue
+        indptr = values[start : stop + 1]
         first, last = int(indptr[0]), int(indptr[-1])
-        part["indptr"] = indptr - first
-        part.update({name: batch[name][first:last] for name in ("data", "indices")})
+        part[name] = indptr - first
+        part.update({prefix + array: batch[prefix + array][first:last] for array in ("data", "indices")})
     return part
 
 

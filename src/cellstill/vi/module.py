@@ -91,8 +91,12 @@ class Modality(nn.Module):
 
     def features(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return what the output layer sees, shape ``(n, n_hidden)``."""
+        return self.decoder((), self.inputs(z, batch), batch)
+
+    def inputs(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Dense inputs of the decoder: z, and the continuous covariates."""
         continuous = batch.get("continuous")
-        return self.decoder((), z if continuous is None else torch.cat([z, continuous], dim=1), batch)
+        return z if continuous is None else torch.cat([z, continuous], dim=1)
 
     def native(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Native expression rho, shape ``(n, n_vars)``."""

@@ -70,6 +70,40 @@ class Trunk(nn.Module):
         return features
 
 
+def features_and_jacobian(
+    trunk: Trunk, dense: torch.Tensor, codes: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of a trunk without sparse rows, in evaluation mode, and their derivative in its dense inputs.
+
+    Returns
+    -------
+    Shapes ``(n, width)`` and ``(n, width, n_dense)``.
+    """
+    assert trunk.dense is not None
+    features = trunk.dense(dense)
+    for column, shift in zip(trunk.columns, trunk.shifts, strict=True):
+        features = features + shift.index_select(0, codes[column])
+    jacobian = trunk.dense.weight.expand(len(dense), -1, -1)
+    features, jacobian = _through_norm(trunk.norms[0], features, jacobian)
+    for layer, norm in zip(trunk.hidden, trunk.norms[1:], strict=True):
+        assert isinstance(layer, nn.Linear)
+        features, jacobian = _through_norm(norm, layer(features), torch.matmul(layer.weight, jacobian))
+    return features, jacobian
+
+
+def _through_norm(norm: nn.Module, features: torch.Tensor, jacobian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm and ReLU of features, and the derivative after them."""
+    assert isinstance(norm, nn.LayerNorm)
+    variance, mean = torch.var_mean(features, dim=1, correction=0, keepdim=True)
+    scale = (variance + norm.eps).rsqrt()
+    standard = (features - mean) * scale
+    along = torch.matmul(standard[:, None] / features.shape[1], jacobian)
+    jacobian = jacobian - jacobian.mean(dim=1, keepdim=True) - standard[:, :, None] * along
+    normed = torch.addcmul(norm.bias, standard, norm.weight)
+    slope = scale * norm.weight * (normed > 0)
+    return torch.relu(normed), jacobian * slope[:, :, None]
+
+
 class GaussianEncoder(nn.Module):
     """Mean and variance of independent Normal distributions, by a linear layer on a :class:`Trunk`.
 

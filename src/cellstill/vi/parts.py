@@ -40,6 +40,10 @@ class Background(nn.Module):
         table, group = self.beta(codes, torch.exp)
         return table.log(), group
 
+    def tables(self) -> list[torch.Tensor]:
+        """Log background of the categories of each column."""
+        return list(self.beta.tables)
+
     def penalty(self) -> torch.Tensor:
         """Gamma(1, 100) on the background, as a density of its logarithm, which settles at 0.01."""
         return _negative_sum([gamma_of_log(beta, 1.0, 100.0) for beta in self.beta.tables])

@@ -1,0 +1,48 @@
+"""Cells by position or mask, genes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cellstill.errors import InvalidArgumentError, check_option
+
+
+def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> np.ndarray:
+    """Turn positions, a slice, or a mask of all cells into positions, in the order given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No cell is selected.
+    IndexError
+        A cell does not exist, or a mask is of another length.
+    """
+    if not isinstance(indices, slice):
+        indices = np.asarray(indices)
+        indices = indices if indices.dtype == bool else indices.astype(np.intp)
+    # Masks and slices become positions; NumPy refuses a mask of another length.
+    positions = np.arange(n_obs)[indices]
+    if positions.size == 0:
+        raise InvalidArgumentError("indices selects no cell. Give positions, a slice, or a mask of all cells.")
+    return positions
+
+
+def gene_positions(genes: Sequence[str], wanted: Sequence[str] | str | None, argument: str) -> np.ndarray | slice:
+    """Positions of genes by name; ``None`` means all of them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A gene does not exist.
+    """
+    if wanted is None:
+        return slice(None)
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    positions = pd.Index(genes).get_indexer(pd.Index(wanted))
+    if (positions < 0).any():
+        unknown = [gene for gene, position in zip(wanted, positions, strict=True) if position < 0]
+        check_option(argument, unknown[0], [*genes[:5], "..."])
+    return positions

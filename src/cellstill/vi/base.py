@@ -1,0 +1,345 @@
+"""What both regularised models are: registered data, a torch module, training, and a safe store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cellstill._compat.scvi import RegisteredModel, category_registry, register, setup_args
+from cellstill.data.annotations import gather_obs, is_mudata
+from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
+from cellstill.nn.compiled import CompileMode
+from cellstill.train.progress import OnEpoch
+from cellstill.vi.cells import Cells, code_of
+from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.module import RegularizedVAE
+from cellstill.vi.start import start_from_data
+from cellstill.vi.training import WARMUP, TrainingSettings, default_epochs, split, train_module
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+_log = logging.getLogger("cellstill")
+
+
+class RegularizedModel(RegisteredModel):
+    """The state of a regularised model, and the way to it for everything built on it."""
+
+    module: RegularizedVAE
+    history_: dict[str, pd.DataFrame]
+
+    def _start(
+        self,
+        data: AnnData | MuData | None,
+        registry: dict[str, Any] | None,
+        seed: int,
+        restored: Mapping[str, Any] | None,
+    ) -> Cells | None:
+        """Take over registered data; returns them read, unless the model is restored from a store."""
+        super().__init__(data, registry)
+        self.seed = seed
+        self._setup = setup_args(self.registry)
+        self._keys = CovariateKeys.from_dict(self._setup["keys"])
+        self._layers: dict[str, str | None] = dict(self._setup["layers"])
+        if restored is not None:
+            self._features = {name: list(names) for name, names in restored["features"].items()}
+            self._categories = {column: list(names) for column, names in restored["categories"].items()}
+            self._scales = {column: (float(a), float(b)) for column, (a, b) in restored["scales"].items()}
+            return None
+        if data is None:
+            raise InvalidArgumentError(f"{type(self).__name__} needs data: register them first, and pass them.")
+        cells = Cells.read(data, self._keys, layers=self._layers, allow_noninteger=self._setup["allow_noninteger"])
+        self._features = {name: list(names) for name, names in cells.features.items()}
+        self._categories = {column: list(names) for column, names in cells.categories.items()}
+        self._scales = dict(cells.scales)
+        return cells
+
+    def _vae_config(
+        self, modalities: Mapping[str, ModalityConfig], *, use_batch_in_decoder: bool, **settings: Any
+    ) -> VAEConfig:
+        """Join modalities, covariates and settings."""
+        keys = self._keys
+        conditioning = keys.conditioning
+        if use_batch_in_decoder:
+            if keys.batch is None:
+                raise InvalidArgumentError(
+                    "use_batch_in_decoder=True needs a batch_key. Set the data up with one, or name the columns in "
+                    "nn_conditioning_covariate_keys."
+                )
+            conditioning = tuple(dict.fromkeys([*conditioning, keys.batch]))
+        return VAEConfig(
+            modalities=modalities,
+            categories={code_of(column): len(names) for column, names in self._categories.items()},
+            ambient=tuple(map(code_of, keys.ambient)),
+            conditioning=tuple(map(code_of, conditioning)),
+            feature_scaling=tuple(map(code_of, keys.feature_scaling)),
+            encoder=tuple(map(code_of, keys.encoder)),
+            dispersion=None if keys.dispersion is None else code_of(keys.dispersion),
+            library=None if keys.library_size is None else code_of(keys.library_size),
+            n_continuous=len(keys.continuous),
+            **settings,
+        )
+
+    def _build(self, config: VAEConfig, cells: Cells | None) -> None:
+        """Make the module, and start it from data."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.module = RegularizedVAE(config)
+            if cells is not None:
+                start_from_data(self.module, cells.counts, cells.per_cell, cells.present, np.arange(len(cells)))
+        self.module.eval()
+        shown = ", ".join(
+            f"{name}: n_hidden {one.n_hidden}, n_latent {one.n_latent}" for name, one in config.modalities.items()
+        )
+        self._model_summary_string = f"{type(self).__name__} ({shown})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the module."""
+        return next(self.module.parameters()).device
+
+    def to_device(self, device: str | int | torch.device) -> None:
+        """Move the module to a device, such as ``"cuda:0"``."""
+        self.module.to(device if isinstance(device, torch.device) else torch.device(device))
+
+    @property
+    def modality_names(self) -> list[str]:
+        """Names of the modalities, sorted."""
+        return sorted(self._layers)
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        lr: float = 1e-3,
+        batch_size: int = 128,
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        stratify_validation_key: str | None = None,
+        early_stopping: bool = True,
+        early_stopping_patience: int = 45,
+        early_stopping_min_delta_per_feature: float = 2e-4,
+        kl_warmup: int | float | None = WARMUP,
+        weight_decay: float = 0.0,
+        gradient_clip: float | None = None,
+        accelerator: str = "auto",
+        devices: int = 1,
+        precision: str = "32-true",
+        compile: CompileMode = "auto",
+        progress: bool | OnEpoch | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> Self:
+        """Train the model.
+
+        Parameters
+        ----------
+        max_epochs
+            Most passes over the training cells; ``None`` is 400, or fewer from 20,000 cells on (8 million cells shown).
+        lr
+            Learning rate of Adam. Larger learns faster until it no longer settles.
+        batch_size
+            Cells per step. Larger is faster per epoch and takes fewer steps.
+        train_size, validation_size
+            Shares of the cells to train on and to watch; ``None`` watches all that is not trained on.
+        stratify_validation_key
+            Column that names groups of cells, such as samples, each of which is split in these shares.
+        early_stopping
+            Stop when the watched loss has not fallen for ``early_stopping_patience`` epochs. Without validation cells
+            the training loss is watched, which the log says. The best weights are kept either way.
+        early_stopping_patience
+            Larger trains longer.
+        early_stopping_min_delta_per_feature
+            Fall of the loss, per feature, that counts as one; 0 counts any. Larger stops sooner.
+        kl_warmup
+            Steps (int) or share of all steps (float) over which the weight of the divergence of z rises to 1. Longer
+            lets the model explain the counts first.
+        weight_decay
+            Decay of the weights towards zero. Larger regularises more.
+        gradient_clip
+            Largest norm of a step's gradient; ``None`` does not clip.
+        accelerator, devices, precision, compile, progress, checkpoint, resume
+            See :func:`cellstill.train.fit` and :meth:`cellstill.Distiller.train`; ``checkpoint`` is a file.
+
+        Returns
+        -------
+        The model itself.
+
+        Raises
+        ------
+        InvalidArgumentError
+            An argument is out of range.
+        TrainingError
+            A loss or gradient is not finite; the message says where.
+        StoreError
+            ``checkpoint`` exists and ``resume`` is false, or holds another run.
+        """
+        cells = self._cells()
+        if max_epochs is not None and max_epochs < 0:
+            raise InvalidArgumentError(f"max_epochs={max_epochs} is below 0.")
+        if lr <= 0:
+            raise InvalidArgumentError(f"lr={lr} has to be above 0.")
+        if early_stopping_min_delta_per_feature < 0:
+            raise InvalidArgumentError(
+                f"early_stopping_min_delta_per_feature={early_stopping_min_delta_per_feature} is below 0."
+            )
+        groups = None if stratify_validation_key is None else self._column_codes(stratify_validation_key)
+        parts = split(len(cells), train_size, validation_size, groups, self.seed)
+        if early_stopping and not len(parts[1]):
+            _log.info("There are no validation cells: early stopping watches the training loss.")
+        n_features = sum(map(len, self._features.values()))
+        settings = TrainingSettings(
+            max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            kl_warmup=kl_warmup,
+            patience=early_stopping_patience if early_stopping else None,
+            min_delta=early_stopping_min_delta_per_feature * n_features,
+            gradient_clip=gradient_clip,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            compile=compile,
+            progress=os.isatty(2) if progress is None else progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            seed=self.seed,
+        )
+        self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
+        self.train_indices_, self.validation_indices_, self.test_indices_ = parts
+        self.is_trained_ = True
+        return self
+
+    def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model to a folder: safetensors and JSON, no pickle, no counts.
+
+        Parameters
+        ----------
+        dir_path
+            Folder; it appears only when it is complete.
+        overwrite
+            Replace a folder that exists.
+
+        Raises
+        ------
+        StoreError
+            The folder exists, or cannot be written.
+        """
+        tensors = {f"module.{name}": value.cpu().numpy() for name, value in self.module.state_dict().items()}
+        for name, names in self._features.items():
+            tensors[f"features.{name}"] = names_to_array(names)
+        if self.is_trained_:
+            for part in ("train", "validation", "test"):
+                tensors[f"split.{part}"] = getattr(self, f"{part}_indices_")
+        config = {
+            "setup": self._setup,
+            "module": self.module.config.to_dict(),
+            "categories": self._categories,
+            "scales": self._scales,
+            "seed": self.seed,
+            "trained": self.is_trained_,
+            "history": {name: frame[name].tolist() for name, frame in (self.history_ or {}).items()},
+        }
+        save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
+
+    @classmethod
+    def _load(cls, dir_path: str | os.PathLike[str], data: AnnData | MuData | None) -> Self:
+        tensors, config = load_store(dir_path, cls.__name__)
+        try:
+            keys = CovariateKeys.from_dict(config["setup"]["keys"])
+            restored = {
+                "features": _group(tensors, "features."),
+                "categories": config["categories"],
+                "scales": config["scales"],
+            }
+            restored["features"] = {name: array_to_names(array) for name, array in restored["features"].items()}
+            module = VAEConfig.from_dict(config["module"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
+        registry = cls._registry_of(config)
+        if data is not None:
+            layers = config["setup"]["layers"]
+            where = {"layers": layers} if is_mudata(data) else {"layer": layers[next(iter(layers))]}
+            register(
+                cls,
+                data,
+                **where,
+                categorical=keys.registered,
+                continuous=keys.continuous,
+                setup_args=config["setup"],
+                source_registry=registry,
+            )
+        model = cls.__new__(cls)
+        model._start(data, registry if data is None else None, config["seed"], restored)
+        model._build(module, None)
+        state = {name: torch.from_numpy(array) for name, array in _group(tensors, "module.").items()}
+        try:
+            model.module.load_state_dict(state)
+        except RuntimeError as error:
+            raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
+        for part, cells in _group(tensors, "split.").items():
+            setattr(model, f"{part}_indices_", cells)
+        model.history_ = {
+            name: pd.DataFrame({name: values}).rename_axis(index="epoch") for name, values in config["history"].items()
+        }
+        model.is_trained_ = config["trained"]
+        if data is not None:
+            model._cells()
+        return model
+
+    @classmethod
+    def load_registry(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
+        """Read how a saved model's data were set up: categories, and the arguments of the set-up."""
+        return cls._registry_of(load_store(dir_path, cls.__name__)[1])
+
+    @classmethod
+    def _registry_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        registered = CovariateKeys.from_dict(config["setup"]["keys"]).registered
+        known = {key: config["categories"][column] for key, column in registered.items()}
+        mudata = "roles" in config["setup"]
+        return category_registry(cls.__name__, config["setup"], known, columns=registered, mudata=mudata)
+
+    def _require_data(self) -> AnnData | MuData:
+        if self.adata is None:
+            name = type(self).__name__
+            raise InvalidArgumentError(
+                f"The model was loaded without data. Load it with some: {name}.load(path, data)."
+            )
+        return self.adata
+
+    def _require_trained(self) -> None:
+        if not self.is_trained_:
+            raise NotTrainedError("The model is not trained. Call train() first.")
+
+    def _cells(self, data: AnnData | MuData | None = None, *, covariates: bool = True) -> Cells:
+        """Read data; checked each time, because users normalise their data in place between two calls."""
+        # z depends on no covariate but those that encoders are told.
+        keys = self._keys if covariates else CovariateKeys(encoder=self._keys.encoder)
+        return Cells.read(
+            self._require_data() if data is None else data,
+            keys,
+            layers=self._layers,
+            features=self._features,
+            categories=self._categories,
+            scales=self._scales,
+            allow_missing_modalities=len(self._layers) > 1,
+            allow_noninteger=self._setup["allow_noninteger"],
+        )
+
+    def _column_codes(self, column: str) -> np.ndarray:
+        values = gather_obs(self._require_data(), {column: "stratify_validation_key"})[column]
+        return pd.factorize(values.astype(str))[0]
+
+
+def _group(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}

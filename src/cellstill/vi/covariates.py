@@ -1,0 +1,351 @@
+"""What each covariate is for: the purposes of the model's parameters, and the columns that serve them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellstill.data.covariates import obs_column
+from cellstill.errors import CellstillWarning, InvalidArgumentError
+
+_log = logging.getLogger("cellstill")
+
+_RESERVED = ("rows", "continuous")
+"""Entries of a minibatch beside the codes, which go by the names of their columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovariateKeys:
+    """Columns of ``obs`` by purpose.
+
+    Attributes
+    ----------
+    batch
+        Column that stands for the batch: what ``batch_key`` was, if it was given.
+    ambient
+        Additive background, summed over these columns.
+    conditioning
+        Input of decoders, one-hot.
+    feature_scaling
+        Factor per feature, multiplied over these columns.
+    dispersion, library_size
+        Groups of inverse dispersions and of library size priors; ``None`` is one group of all cells.
+    encoder
+        Input of encoders, one-hot.
+    continuous
+        Numbers, standardised.
+    library_key, dataset_key, technical
+        Vocabulary of metrics: the finest technical unit, the data sets that units nest in, and other technical axes.
+    """
+
+    batch: str | None = None
+    ambient: tuple[str, ...] = ()
+    conditioning: tuple[str, ...] = ()
+    feature_scaling: tuple[str, ...] = ()
+    dispersion: str | None = None
+    library_size: str | None = None
+    encoder: tuple[str, ...] = ()
+    continuous: tuple[str, ...] = ()
+    library_key: str | None = None
+    dataset_key: str | None = None
+    technical: tuple[str, ...] = ()
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        batch_key: str | None = None,
+        ambient_covariate_keys: Sequence[str] | str | None = None,
+        nn_conditioning_covariate_keys: Sequence[str] | str | None = None,
+        feature_scaling_covariate_keys: Sequence[str] | str | None = None,
+        dispersion_key: str | None = None,
+        library_size_key: str | None = None,
+        encoder_covariate_keys: Sequence[str] | str | bool | None = False,
+        continuous_covariate_keys: Sequence[str] | str | None = None,
+        library_key: str | None = None,
+        dataset_key: str | None = None,
+        technical_covariate_keys: Sequence[str] | str | None = None,
+        scaling_follows_conditioning: bool = False,
+    ) -> CovariateKeys:
+        """Turn the arguments of ``setup_anndata`` and ``setup_mudata`` into purposes.
+
+        Parameters
+        ----------
+        batch_key
+            One column for ambient background, inverse dispersion and library size.
+        ambient_covariate_keys, dispersion_key, library_size_key
+            These purposes one by one, instead of ``batch_key``. Without any, all cells are one group, which the log
+            says.
+        nn_conditioning_covariate_keys
+            Columns that the decoder is told. They take up differences of any kind, and leave them out of z.
+        feature_scaling_covariate_keys
+            Columns with a factor per feature. ``None`` is none, or ``nn_conditioning_covariate_keys`` if
+            ``scaling_follows_conditioning``; an empty list is none.
+        encoder_covariate_keys
+            Columns that encoders are told; ``True`` stands for ``nn_conditioning_covariate_keys``.
+        continuous_covariate_keys
+            Columns with numbers.
+        library_key, dataset_key, technical_covariate_keys
+            See the attributes.
+        scaling_follows_conditioning
+            Whether feature scaling has a default.
+
+        Raises
+        ------
+        InvalidArgumentError
+            ``batch_key`` beside a key it stands for, a column named twice for one purpose, a categorical column that is
+            also continuous or called ``"rows"`` or ``"continuous"``, or ``encoder_covariate_keys=True`` with no
+            conditioning keys.
+
+        Warns
+        -----
+        CellstillWarning
+            Encoders are told covariates.
+        """
+        ambient = _names("ambient_covariate_keys", ambient_covariate_keys)
+        dispersion = _name("dispersion_key", dispersion_key)
+        library_size = _name("library_size_key", library_size_key)
+        batch = _name("batch_key", batch_key)
+        if batch is not None:
+            given = {
+                "ambient_covariate_keys": ambient_covariate_keys,
+                "dispersion_key": dispersion_key,
+                "library_size_key": library_size_key,
+            }
+            beside = [f"{argument}={value!r}" for argument, value in given.items() if value is not None]
+            if beside:
+                raise InvalidArgumentError(
+                    f"batch_key={batch!r} stands for {', '.join(given)}, so it cannot be given together with "
+                    f"{' and '.join(beside)}. Give batch_key alone, or each of the three by its own argument."
+                )
+            ambient, dispersion, library_size = (batch,), batch, batch
+        conditioning = _names("nn_conditioning_covariate_keys", nn_conditioning_covariate_keys)
+        scaling = _names("feature_scaling_covariate_keys", feature_scaling_covariate_keys)
+        if feature_scaling_covariate_keys is None and scaling_follows_conditioning:
+            scaling = conditioning
+        keys = cls(
+            batch=batch,
+            ambient=ambient,
+            conditioning=conditioning,
+            feature_scaling=scaling,
+            dispersion=dispersion,
+            library_size=library_size,
+            encoder=_encoder_keys(encoder_covariate_keys, conditioning),
+            continuous=_names("continuous_covariate_keys", continuous_covariate_keys),
+            library_key=_name("library_key", library_key),
+            dataset_key=_name("dataset_key", dataset_key),
+            technical=_names("technical_covariate_keys", technical_covariate_keys),
+        )
+        both = [column for column in keys.continuous if column in keys.columns]
+        if both:
+            raise InvalidArgumentError(
+                f"continuous_covariate_keys: {both[0]!r} is also a categorical covariate. Use it as one or the other; "
+                "for both, copy the column under another name."
+            )
+        reserved = [column for column in keys.columns if column in _RESERVED]
+        if reserved:
+            raise InvalidArgumentError(
+                f"The column name {reserved[0]!r} has a meaning of its own here. Rename it in obs."
+            )
+        keys._say_what_has_one_group()
+        return keys
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Distinct categorical columns that the model uses, in the order of their first purpose."""
+        single = [column for column in (self.dispersion, self.library_size) if column is not None]
+        return tuple(dict.fromkeys([*self.ambient, *self.conditioning, *self.feature_scaling, *single, *self.encoder]))
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Every column named, with the argument that names it first: for messages."""
+        batch = "batch_key" if self.batch is not None else None
+        purposes: list[tuple[str, Iterable[str | None]]] = [
+            (batch or "ambient_covariate_keys", self.ambient),
+            ("nn_conditioning_covariate_keys", self.conditioning),
+            ("feature_scaling_covariate_keys", self.feature_scaling),
+            ("dispersion_key", [self.dispersion]),
+            ("library_size_key", [self.library_size]),
+            ("encoder_covariate_keys", self.encoder),
+            ("continuous_covariate_keys", self.continuous),
+            ("library_key", [self.library_key]),
+            ("dataset_key", [self.dataset_key]),
+            ("technical_covariate_keys", self.technical),
+        ]
+        named: dict[str, str] = {}
+        for argument, columns in purposes:
+            for column in columns:
+                if column is not None:
+                    named.setdefault(column, argument)
+        return named
+
+    @property
+    def registered(self) -> dict[str, str]:
+        """Categorical column of each key of the registry: ``"batch"``, and ``"covariate_{column}"`` for the others."""
+        return {"batch" if column == self.batch else f"covariate_{column}": column for column in self.columns}
+
+    def check(self, obs: pd.DataFrame) -> None:
+        """Refuse columns that cannot serve their purpose.
+
+        Parameters
+        ----------
+        obs
+            Annotations, with all columns of :attr:`arguments`.
+
+        Raises
+        ------
+        MissingKeyError
+            A column is absent; the message lists those that exist.
+        InvalidArgumentError
+            A value is missing, a continuous covariate is not a number, not finite or constant, two categories have the
+            same name, or a library is in two data sets.
+        """
+        for column, argument in self.arguments.items():
+            values = obs_column(obs, column, argument)
+            if column in self.continuous:
+                _check_continuous(values)
+            else:
+                _check_names(values, argument)
+        if self.library_key is not None and self.dataset_key is not None:
+            check_nested(obs, self.library_key, self.dataset_key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a form that JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> CovariateKeys:
+        """Build from :meth:`to_dict`."""
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+        }
+        return cls(**plain)
+
+    def _say_what_has_one_group(self) -> None:
+        purposes = {
+            "ambient background": self.ambient,
+            "dispersion": self.dispersion,
+            "library size": self.library_size,
+        }
+        alone = [purpose for purpose, columns in purposes.items() if not columns]
+        if alone:
+            _log.info("No key for %s: all cells are one group there.", ", ".join(alone))
+
+
+def check_nested(obs: pd.DataFrame, library_key: str, dataset_key: str) -> None:
+    """Raise unless each library belongs to one data set.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A library has cells in several data sets; the message names it and them.
+    """
+    pairs = obs[[library_key, dataset_key]].astype(str).drop_duplicates()
+    n_sets = pairs.groupby(library_key, observed=True)[dataset_key].nunique()
+    split = n_sets.index[n_sets > 1]
+    if len(split):
+        found = sorted(pairs.loc[pairs[library_key] == split[0], dataset_key])
+        raise InvalidArgumentError(
+            f"library_key={library_key!r} has to nest in dataset_key={dataset_key!r}, but the library {split[0]!r} has "
+            f"cells in {found}{f', and so have {len(split) - 1} others' if len(split) > 1 else ''}. Name libraries "
+            "uniquely across data sets, for example as dataset + '_' + library."
+        )
+
+
+def combinations(
+    codes: Mapping[str, np.ndarray], keys: Sequence[str], known: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """List the combinations of categories that occur, and which of them each cell has.
+
+    Parameters
+    ----------
+    codes
+        Codes of each column, shape ``(n_obs,)``.
+    keys
+        Columns to combine; none of them gives one combination, of nothing.
+    known
+        Combinations that keep their rows, shape ``(n_known, n_keys)``; new ones follow.
+
+    Returns
+    -------
+    Combinations, int64, shape ``(n_combinations, n_keys)``, sorted (those that are new), and the row of each cell,
+    int64, shape ``(n_obs,)``.
+    """
+    n_obs = len(next(iter(codes.values()))) if codes else 0
+    each = np.column_stack([codes[key] for key in keys]) if keys else np.empty((n_obs, 0))
+    each = each.astype(np.int64)
+    if not keys:
+        return np.empty((1, 0), dtype=np.int64), np.zeros(n_obs, dtype=np.int64)
+    found, row = np.unique(each, axis=0, return_inverse=True)
+    row = row.reshape(-1).astype(np.int64)
+    if known is None:
+        return found, row
+    table = {tuple(combination): position for position, combination in enumerate(known.tolist())}
+    position = [table.setdefault(tuple(combination), len(table)) for combination in found.tolist()]
+    return np.array(list(table), dtype=np.int64).reshape(-1, len(keys)), np.array(position, dtype=np.int64)[row]
+
+
+def _name(argument: str, key: object) -> str | None:
+    if key is None or isinstance(key, str):
+        return key
+    raise InvalidArgumentError(f"{argument}={key!r} has to be the name of one column, or None.")
+
+
+def _names(argument: str, keys: Sequence[str] | str | None) -> tuple[str, ...]:
+    names = (keys,) if isinstance(keys, str) else () if keys is None else tuple(keys)
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidArgumentError(f"{argument}={keys!r} has to be a list of column names; {name!r} is not one.")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidArgumentError(f"{argument} names {twice[0]!r} twice. Name each column once.")
+    return names
+
+
+def _encoder_keys(keys: Sequence[str] | str | bool | None, conditioning: tuple[str, ...]) -> tuple[str, ...]:
+    if keys is True:
+        if not conditioning:
+            raise InvalidArgumentError(
+                "encoder_covariate_keys=True stands for nn_conditioning_covariate_keys, and there are none. Name the "
+                "columns."
+            )
+        keys = conditioning
+    names = () if keys is False or keys is None else _names("encoder_covariate_keys", keys)
+    if names:
+        warnings.warn(
+            f"encoder_covariate_keys={list(names)}: encoders are told these covariates, so z may depend on them, and "
+            "cells of a new category cannot be encoded without further training. Let decoders take them up instead: "
+            "nn_conditioning_covariate_keys.",
+            CellstillWarning,
+            stacklevel=5,
+        )
+    return names
+
+
+def _check_continuous(values: pd.Series) -> None:
+    column = values.name
+    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        raise InvalidArgumentError(
+            f"continuous_covariate_keys: obs[{column!r}] holds {values.dtype}, not numbers. Use a column of numbers, "
+            "or name it as a categorical covariate."
+        )
+    numbers = values.to_numpy(dtype=np.float64)
+    if not np.isfinite(numbers).all() or numbers.std() == 0:
+        raise InvalidArgumentError(
+            f"continuous_covariate_keys: obs[{column!r}] is constant or not finite. Leave it out."
+        )
+
+
+def _check_names(values: pd.Series, argument: str) -> None:
+    names = values.astype(str).unique()
+    if len(names) < values.nunique():
+        raise InvalidArgumentError(
+            f"{argument}={values.name!r}: different values have the same name ({sorted(names)[:5]}), such as 1 and "
+            "'1'. Convert the column to one type: adata.obs[key].astype(str)."
+        )

@@ -1,0 +1,231 @@
+"""How well a regularised model explains counts: evidence, likelihood, and counts drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from cellstill.errors import InvalidArgumentError
+from cellstill.nn.priors import normal_kl
+from cellstill.vi.evaluation import Block, blocks, to_numpy
+from cellstill.vi.getters import Getters
+from cellstill.vi.library import LibraryPosterior
+from cellstill.vi.module import Latent
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+
+class Criticism(Getters):
+    """Evidence and posterior predictive counts of both regularised models."""
+
+    def get_elbo(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        batch_size: int = 1024,
+        return_mean: bool = True,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Evidence lower bound of cells, at one draw of z and of library size; larger is better.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`get_normalized_expression`.
+        batch_size
+            Cells at a time. Larger is faster until memory runs out.
+        return_mean
+            Otherwise one value per cell, shape ``(n,)``.
+        seed
+            Of the draw.
+        """
+        values = []
+        with _seeded(seed):
+            for block in self._blocks(adata, indices, batch_size):
+                z, kl = block.latent.sample(), block.latent.kl
+                value = -kl
+                for name in self.modality_names:
+                    log_likelihood, library = self._at(block, name, z)
+                    divergence = normal_kl(*library)
+                    value = value + log_likelihood - _of_present(block, name, divergence)
+                values.append(to_numpy(value))
+        return _mean(values, return_mean)
+
+    def get_reconstruction_error(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        batch_size: int = 1024,
+        return_mean: bool = True,
+        seed: int = 0,
+    ) -> dict[str, float | np.ndarray]:
+        """Negative log-likelihood of cells given a draw of z and of library size; smaller is better.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, return_mean, seed
+            As in :meth:`get_elbo`.
+
+        Returns
+        -------
+        ``"reconstruction_loss"``, and with several modalities ``"reconstruction_loss_{modality}"`` as well.
+        """
+        names = self.modality_names
+        values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        with _seeded(seed):
+            for block in self._blocks(adata, indices, batch_size):
+                z = block.latent.sample()
+                for name in names:
+                    values[name].append(to_numpy(-self._at(block, name, z)[0]))
+        each = {name: np.concatenate(parts) for name, parts in values.items()}
+        errors = {"reconstruction_loss": np.sum(list(each.values()), axis=0)}
+        if len(names) > 1:
+            errors.update({f"reconstruction_loss_{name}": value for name, value in each.items()})
+        return {name: float(value.mean()) if return_mean else value for name, value in errors.items()}
+
+    def get_marginal_ll(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        n_mc_samples: int = 1000,
+        batch_size: int = 128,
+        return_mean: bool = True,
+        seed: int = 0,
+    ) -> float | np.ndarray:
+        """Log-likelihood of cells with z and library size integrated out, by importance sampling; larger is better.
+
+        An estimate from below, closer with more samples.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, return_mean, seed
+            As in :meth:`get_elbo`.
+        n_mc_samples
+            Draws from the posterior.
+        """
+        if n_mc_samples < 1:
+            raise InvalidArgumentError(f"n_mc_samples={n_mc_samples} has to be at least 1.")
+        values = []
+        with _seeded(seed):
+            for block in self._blocks(adata, indices, batch_size):
+                weights = torch.stack([self._importance(block) for _ in range(n_mc_samples)])
+                values.append(to_numpy(torch.logsumexp(weights.double(), dim=0) - np.log(n_mc_samples)))
+        return _mean(values, return_mean)
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        n_samples: int = 1,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> sp.csr_matrix | list[sp.csr_matrix]:
+        """Counts drawn from the model at draws of z and library size from the posterior of each cell.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, seed
+            As in :meth:`get_elbo`.
+        modality
+            Name; may be left out where there is one.
+        n_samples
+            Draws.
+
+        Returns
+        -------
+        CSR, float32, shape ``(n, n_features)``; a list of ``n_samples`` of them if there are several.
+        """
+        name = self._modality(modality)
+        if n_samples < 1:
+            raise InvalidArgumentError(f"n_samples={n_samples} has to be at least 1.")
+        part = self.module.modality(name)
+        drawn: list[list[sp.csr_matrix]] = [[] for _ in range(n_samples)]
+        with _seeded(seed):
+            for block in self._blocks(adata, indices, batch_size):
+                theta, group = part.dispersion(block.batch, block.counts[name].n_rows)
+                theta = theta if group is None else theta[group]
+                background, scaling = part.background_of(block.batch), part.scaling_of(block.batch)
+                for parts in drawn:
+                    mean = part.native(block.latent.sample(), block.batch)
+                    mean = mean if background is None else mean + background
+                    mean = mean if scaling is None else mean * scaling
+                    mean = mean * _draw(self.module.library(name, block.counts[name], block.batch)).exp()
+                    mean = _of_present(block, name, mean)
+                    rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
+                    parts.append(sp.csr_matrix(to_numpy(torch.poisson(rate))))
+        samples = [sp.vstack(parts, format="csr") for parts in drawn]
+        return samples[0] if n_samples == 1 else samples
+
+    def _blocks(
+        self, data: AnnData | MuData | None, indices: np.ndarray | Sequence[int] | None, batch_size: int
+    ) -> Iterator[Block]:
+        self._require_trained()
+        return blocks(self.module, self._cells(data)[indices], batch_size)
+
+    def _at(self, block: Block, name: str, z: torch.Tensor) -> tuple[torch.Tensor, LibraryPosterior]:
+        """Log-likelihood of each cell given z and a draw of its library size, and the latter's posterior."""
+        library = self.module.library(name, block.counts[name], block.batch)
+        return self._given(block, name, z, _draw(library)), library
+
+    def _given(self, block: Block, name: str, z: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
+        present = block.batch.get(f"{name}/present")
+        part = self.module.modality(name)
+        return part.log_likelihood(z, log_library[:, 0], block.counts[name], block.batch, present)[1]
+
+    def _importance(self, block: Block) -> torch.Tensor:
+        """``log p(x, z, l) - log q(z, l)`` at a draw from q."""
+        latent = block.latent
+        z = latent.sample()
+        weight = _log_ratio(z, Latent(torch.zeros_like(z), torch.ones_like(z), latent.kl), latent)
+        for name in self.modality_names:
+            library = self.module.library(name, block.counts[name], block.batch)
+            log_library = _draw(library)
+            prior = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])
+            ratio = _log_ratio(log_library, prior, library)
+            weight = weight + self._given(block, name, z, log_library) + _of_present(block, name, ratio)
+        return weight
+
+
+def _draw(library: LibraryPosterior) -> torch.Tensor:
+    return library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
+
+
+def _log_ratio(x: torch.Tensor, above: Latent | LibraryPosterior, below: Latent | LibraryPosterior) -> torch.Tensor:
+    """Log ratio of two Normal densities at x, summed over the last axis."""
+
+    def log_density(of: Latent | LibraryPosterior) -> torch.Tensor:
+        return -0.5 * ((x - of.mean).square() / of.variance + of.variance.log())
+
+    return (log_density(above) - log_density(below)).sum(dim=-1)
+
+
+def _of_present(block: Block, name: str, values: torch.Tensor) -> torch.Tensor:
+    """Zero where a cell lacks the modality."""
+    present = block.batch.get(f"{name}/present")
+    if present is None:
+        return values
+    return values * (present if values.ndim == 1 else present[:, None])
+
+
+def _mean(values: list[np.ndarray], return_mean: bool) -> float | np.ndarray:
+    each = np.concatenate(values)
+    return float(each.mean()) if return_mean else each
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,86 @@
+"""A trained module applied to cells, block by block: posteriors, expression, background, likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cellstill._compat.malloc import keeping_freed_memory
+from cellstill.nn.sparse import CSRRows
+from cellstill.vi.cells import Cells
+from cellstill.vi.module import Batch, Latent, RegularizedVAE
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some neighbouring cells on the module's device.
+
+    Attributes
+    ----------
+    rows
+        Their positions among the cells asked for.
+    batch
+        Minibatch.
+    counts
+        Counts of each modality.
+    latent
+        Posterior of z.
+    """
+
+    rows: slice
+    batch: Batch
+    counts: dict[str, CSRRows]
+    latent: Latent
+
+
+def blocks(module: RegularizedVAE, cells: Cells, batch_size: int) -> Iterator[Block]:
+    """Encode cells in order; the module is in evaluation mode, and nothing records gradients."""
+    device = next(module.parameters()).device
+    loader = cells.loader(batch_size=batch_size)
+    start = 0
+    with torch.inference_mode(), keeping_freed_memory():
+        for host in loader:
+            batch = {name: values.to(device) for name, values in host.items()}
+            counts = module.rows(batch)
+            n = next(iter(counts.values())).n_rows
+            yield Block(slice(start, start + n), batch, counts, module.encode(counts, batch))
+            start += n
+
+
+def decoded_as(batch: Batch, codes: Mapping[str, int]) -> Batch:
+    """Put all cells of a minibatch into one category of each of the columns named."""
+    changed = dict(batch)
+    for column, code in codes.items():
+        changed[column] = torch.full_like(batch[column], code)
+    return changed
+
+
+def native_expression(
+    module: RegularizedVAE, name: str, z: torch.Tensor, batch: Batch, targets: Sequence[Mapping[str, int]]
+) -> torch.Tensor:
+    """Native expression, averaged over the categories to decode as; as the cells' own without any."""
+    modality = module.modality(name)
+    if not targets:
+        return modality.native(z, batch)
+    total = modality.native(z, decoded_as(batch, targets[0]))
+    for codes in targets[1:]:
+        total += modality.native(z, decoded_as(batch, codes))
+    return total.div_(len(targets))
+
+
+def native_share(module: RegularizedVAE, name: str, z: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    """Share of the expected counts that is native, ``rho / (rho + b)``; ``None`` if there is no background."""
+    modality = module.modality(name)
+    background = modality.background_of(batch)
+    if background is None:
+        return None
+    native = modality.native(z, batch)
+    return native.div_(native + background)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Copy to the host."""
+    return tensor.cpu().numpy()

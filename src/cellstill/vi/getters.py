@@ -1,0 +1,376 @@
+"""Latents, expression and background of a regularised model, streamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from cellstill.data.selection import gene_positions
+from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.io.arrays import Out, output_array
+from cellstill.vi.base import RegularizedModel
+from cellstill.vi.cells import Cells
+from cellstill.vi.evaluation import blocks, native_expression, native_share, to_numpy
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+Target = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
+
+
+class Getters(RegularizedModel):
+    """The getters of both regularised models."""
+
+    def get_latent_representation(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        give_mean: bool = True,
+        return_dist: bool = False,
+        batch_size: int = 4096,
+        seed: int = 0,
+    ) -> Any:
+        """Posterior mean of z; the modalities' parts side by side, sorted by name, where they are concatenated.
+
+        Parameters
+        ----------
+        adata
+            Any cells with the model's features, in any order; ``None`` takes the model's own. No covariates are needed,
+            apart from those that encoders are told.
+        indices
+            Positions of the cells wanted, or a mask; ``None`` takes all.
+        give_mean
+            Otherwise a draw from the posterior.
+        return_dist
+            Return mean and variance.
+        batch_size
+            Cells encoded at a time. Larger is faster until memory runs out.
+        seed
+            Of the draw.
+
+        Returns
+        -------
+        float32, shape ``(n, n_latent)``; a pair of them with ``return_dist``. In the part of a modality that a cell
+        lacks, the prior: mean 0, variance 1.
+        """
+        self._require_trained()
+        cells = self._cells(adata, covariates=False)[indices]
+        shape = (len(cells), self.module.config.n_latent)
+        mean, variance = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+        for block in blocks(self.module, cells, batch_size):
+            mean[block.rows] = to_numpy(block.latent.mean)
+            variance[block.rows] = to_numpy(block.latent.variance)
+        if return_dist:
+            return mean, variance
+        if give_mean:
+            return mean
+        noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        return mean + np.sqrt(variance) * noise
+
+    def get_modality_latents(
+        self, adata: AnnData | MuData | None = None, indices: np.ndarray | Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Each modality's own part of z.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        By modality: posterior mean, shape ``(n, n_latent of the modality)``; 0 for cells that lack it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The model has one z for all modalities (``latent_mode``).
+        """
+        config = self.module.config
+        if config.latent_mode != "concatenation":
+            raise InvalidArgumentError(
+                f"With latent_mode={config.latent_mode!r} modalities have no parts of z of their own. Use "
+                "get_latent_representation, or train with latent_mode='concatenation'."
+            )
+        joint = self.get_latent_representation(adata, indices)
+        stops = np.cumsum([modality.n_latent for modality in config.modalities.values()])
+        return dict(zip(config.modalities, np.split(joint, stops[:-1], axis=1), strict=True))
+
+    def get_latent_library_size(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        batch_size: int = 4096,
+    ) -> np.ndarray:
+        """Library size l, at the posterior mean of its logarithm; the mean cell has about the sensitivity.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`get_latent_representation`.
+        modality
+            Name; may be left out where there is one.
+
+        Returns
+        -------
+        float32, shape ``(n, 1)``.
+        """
+        self._require_trained()
+        name = self._modality(modality)
+        cells = self._cells(adata)[indices]
+        result = np.empty((len(cells), 1), dtype=np.float32)
+        for block in blocks(self.module, cells, batch_size):
+            library = self.module.library(name, block.counts[name], block.batch)
+            result[block.rows] = to_numpy(library.mean.exp())
+        return result
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        transform_batch: Target = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1.0,
+        include_background: bool = False,
+        batch_size: int = 1024,
+        out: Out = None,
+        return_numpy: bool = False,
+    ) -> Any:
+        """Expected expression at the posterior mean of z, without background, scaling and depth.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`get_latent_representation`, with the covariates that decoders are told.
+        modality
+            Name; may be left out where there is one.
+        transform_batch
+            Category of the conditioning covariate as which all cells are decoded, or several, whose expression is
+            averaged; where there are several such covariates, a dictionary from column to categories. ``None`` decodes
+            each cell as its own.
+        gene_list
+            Features wanted, in order; ``None`` takes all.
+        library_size
+            Total of a cell over all features; ``"latent"`` gives what is expected at the cell's own library size.
+        include_background
+            Keep the ambient background of the cell's categories.
+        batch_size
+            Cells decoded at a time. Larger is faster until memory runs out.
+        out
+            Where to write: an array of the right shape, or the path of a Zarr array to create, which is then returned
+            open for reading. Of the result, memory then holds one block of cells at a time.
+        return_numpy
+            Return an array instead of a DataFrame.
+
+        Returns
+        -------
+        DataFrame of cells x features; an array with ``return_numpy``; what was written to, with ``out``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            An unknown modality, feature, category or library size.
+        """
+        self._require_trained()
+        name = self._modality(modality)
+        if isinstance(library_size, str):
+            check_option("library_size", library_size, ("latent",))
+        targets = self._targets(transform_batch)
+        columns = gene_positions(self._features[name], gene_list, "gene_list")
+        names = np.asarray(self._features[name], dtype=object)[columns]
+        cells = self._cells(adata)[indices]
+        with output_array(out, (len(cells), len(names))) as result:
+            for block in blocks(self.module, cells, batch_size):
+                rates = native_expression(self.module, name, block.latent.mean, block.batch, targets)
+                if include_background:
+                    background = self.module.modality(name).background_of(block.batch)
+                    rates = rates if background is None else rates + background
+                if library_size == "latent":
+                    rates = rates * self.module.library(name, block.counts[name], block.batch).mean.exp()
+                else:
+                    rates = rates / rates.sum(dim=1, keepdim=True) * library_size
+                result[block.rows] = to_numpy(rates)[:, columns]
+        if isinstance(out, (str, os.PathLike)):
+            import zarr
+
+            return zarr.open_array(out, mode="r")
+        if out is None and not return_numpy:
+            return pd.DataFrame(result, index=cells.obs_names, columns=names)
+        return result
+
+    def get_ambient_profile(self, *, modality: str | None = None) -> pd.DataFrame:
+        """Composition of the ambient background of each category of the ambient covariates.
+
+        Parameters
+        ----------
+        modality
+            Name; may be left out where there is one.
+
+        Returns
+        -------
+        Categories x features; each row sums to 1. Rows are indexed by category, or by column and category where there
+        are several ambient covariates, whose backgrounds add up.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The modality has no background.
+        """
+        name, background = self._background(modality)
+        with torch.inference_mode():
+            tables = [to_numpy(table.exp()).astype(np.float64) for table in background.tables()]
+        columns = list(self._keys.ambient)
+        index: pd.Index
+        if len(columns) == 1:
+            index = pd.Index(self._categories[columns[0]], name=columns[0])
+        elif columns:
+            pairs = [(column, category) for column in columns for category in self._categories[column]]
+            index = pd.MultiIndex.from_tuples(pairs, names=["covariate", "category"])
+        else:
+            index = pd.Index(["all_cells"])
+        profile = np.vstack(tables)
+        profile /= profile.sum(axis=1, keepdims=True)
+        return pd.DataFrame(profile, index=index, columns=self._features[name])
+
+    def get_ambient_fraction(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        batch_size: int = 1024,
+    ) -> pd.Series:
+        """Share of each cell's expected counts that is background.
+
+        Parameters
+        ----------
+        adata, indices, modality, batch_size
+            As in :meth:`get_normalized_expression`.
+
+        Returns
+        -------
+        Indexed by cell.
+        """
+        self._require_trained()
+        name, _ = self._background(modality)
+        cells = self._cells(adata)[indices]
+        fraction = np.empty(len(cells))
+        for block in blocks(self.module, cells, batch_size):
+            part = self.module.modality(name)
+            background = part.background_of(block.batch)
+            assert background is not None
+            native = part.native(block.latent.mean, block.batch)
+            fraction[block.rows] = to_numpy(
+                (background / (native.sum(dim=1, keepdim=True) + background.sum(dim=1, keepdim=True))).sum(dim=1)
+            )
+        return pd.Series(fraction, index=cells.obs_names, name="ambient_fraction")
+
+    def get_denoised_counts(
+        self,
+        adata: AnnData | MuData | None = None,
+        indices: np.ndarray | Sequence[int] | None = None,
+        *,
+        modality: str | None = None,
+        integer: bool = False,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> sp.csr_matrix:
+        r"""Counts without ambient background, never above the observed ones.
+
+        Given its observed count, the native part of a negative binomial whose mean is a sum is binomial, with the share
+        :math:`\rho / (\rho + b)` of the native mean: expectation and draws are exact at the posterior mean of z.
+
+        Parameters
+        ----------
+        adata, indices, modality, batch_size
+            As in :meth:`get_normalized_expression`.
+        integer
+            Draw integers instead of taking the expectation.
+        seed
+            Of the draw: equal seeds give equal counts, whatever the batch size.
+
+        Returns
+        -------
+        CSR, float32, shape ``(n, n_features)``; without stored zeros.
+        """
+        self._require_trained()
+        name = self._modality(modality)
+        cells = self._cells(adata)[indices]
+        counts = cells.counts[name].astype(np.float32, copy=True)
+        if self.module.modality(name).background is None:
+            return counts
+        rng = np.random.default_rng(seed)
+        for rows, share in self._native_shares(name, cells, batch_size):
+            stored = slice(counts.indptr[rows.start], counts.indptr[rows.stop])
+            kept = share[
+                np.repeat(np.arange(len(share)), np.diff(counts.indptr[rows.start : rows.stop + 1])),
+                counts.indices[stored],
+            ]
+            observed = counts.data[stored]
+            if integer:
+                # Fractional counts, which users may allow, are thinned in their whole part.
+                drawn = rng.binomial(np.floor(observed).astype(np.int64), np.clip(kept, 0.0, 1.0))
+                counts.data[stored] = drawn
+            else:
+                counts.data[stored] = np.minimum(observed * kept, observed)
+        counts.eliminate_zeros()
+        return counts
+
+    def _native_shares(self, name: str, cells: Cells, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
+        for block in blocks(self.module, cells, batch_size):
+            share = native_share(self.module, name, block.latent.mean, block.batch)
+            assert share is not None
+            yield block.rows, to_numpy(share)
+
+    def _modality(self, name: str | None) -> str:
+        names = self.modality_names
+        if name is None and len(names) == 1:
+            return names[0]
+        if name is None:
+            raise InvalidArgumentError(f"modality has to be named: one of {names}.")
+        check_option("modality", name, names)
+        return name
+
+    def _background(self, modality: str | None) -> tuple[str, Any]:
+        self._require_trained()
+        name = self._modality(modality)
+        background = self.module.modality(name).background
+        if background is None:
+            raise InvalidArgumentError(
+                f"The modality {name!r} has no ambient background. Give the model one: background='free'."
+            )
+        return name, background
+
+    def _targets(self, target: Target) -> list[dict[str, int]]:
+        """Codes to decode as, one dictionary per combination."""
+        if target is None:
+            return []
+        columns = [column.removeprefix("code/") for column in self.module.config.conditioning]
+        if not isinstance(target, Mapping):
+            if len(columns) != 1:
+                raise InvalidArgumentError(
+                    f"transform_batch={target!r} names no column, and decoders are told {list(columns) or 'none'}. "
+                    + ("Name the column too: transform_batch={column: category}." if columns else "Leave it out.")
+                )
+            target = {columns[0]: target}
+        targets: list[dict[str, int]] = [{}]
+        for column, wanted in target.items():
+            check_option("transform_batch", column, columns)
+            known = self._categories[column]
+            names = [wanted] if isinstance(wanted, str) else list(wanted)
+            for category in names:
+                check_option(f"transform_batch[{column!r}]", str(category), known)
+            targets = [{**one, f"code/{column}": known.index(str(category))} for one in targets for category in names]
+        return targets

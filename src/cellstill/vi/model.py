@@ -1,0 +1,257 @@
+"""AmbientRegularizedSCVI: regularised VI of RNA counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from cellstill._compat.scvi import register
+from cellstill.data.counts import as_csr, check_counts, get_layer
+from cellstill.data.genes import check_unique_genes
+from cellstill.errors import InvalidArgumentError
+from cellstill.vi.analysis import Analysis
+from cellstill.vi.config import Background, ModalityConfig
+from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.multiplicative import warn_if_multiplicative
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+RNA = "rna"
+
+
+class AmbientRegularizedSCVI(Analysis):
+    r"""scVI with ambient RNA, feature scaling, hierarchical dispersion and learned library size.
+
+    .. math::
+        z_n \sim \mathrm{Normal}(0, I), \qquad
+        \mu_{ng} = l_n\,(\mathrm{softplus}(f([z_n, c_n]))_g + b_{e(n)g})\,y_{ng}, \qquad
+        x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_{g,d(n)})
+
+    Priors of the parts keep a large network from explaining noise, so that the sizes need no tuning.
+
+    Parameters
+    ----------
+    adata
+        Counts, cells x genes, registered with :meth:`setup_anndata`.
+    n_hidden, n_layers
+        Width and number of the hidden layers of encoder and decoder. Larger networks resolve more cell types, and take
+        longer.
+    n_latent
+        Dimensions of z. Those that are not needed stay at the prior.
+    dropout_rate
+        Probability of dropping an input of a hidden layer. Larger regularises more.
+    background
+        Ambient background of each category of the ambient covariates: ``"free"`` learns it gene by gene; ``None``
+        leaves it out.
+    use_feature_scaling
+        Give genes a factor for each category of the feature scaling covariates, or one factor without any. ``None``
+        does where such covariates were named.
+    use_batch_in_decoder
+        Tell the decoder the batch too, as ``nn_conditioning_covariate_keys`` does.
+    likelihood
+        ``"negative_binomial"`` or ``"poisson"``.
+    encoder_input
+        ``"normalized"``: log1p of counts brought to one library size; or ``"log1p"``, of the counts themselves.
+    sensitivity
+        Scale of library sizes. Expression is scaled by its inverse; results but for that do not depend on it.
+    library_n_hidden
+        Width of the library encoder; small, so that library size does not take up biology.
+    library_variance_weight
+        Factor of the variance of the prior of log library sizes. Larger lets them stray further.
+    residual_library
+        Start from the observed totals.
+    regularise_background
+        Put the prior Gamma(1, 100) on the background, which pulls it to 0.01.
+    regularise_dispersion
+        Put the containment prior on dispersions. Without it they may take up what z should explain.
+    decoder_weight_l2
+        Weight of the decoder's squared weights. Larger is smoother.
+    theta_sampling
+        Draw inverse dispersions once per ``"minibatch"``, which is faster, or per ``"cell"``.
+    seed
+        Seeds initial weights, split, shuffling, dropout and draws.
+
+    References
+    ----------
+    Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics. Kleshchevnikov et al. (2022),
+    Cell2location. Simpson et al. (2017), Penalising model component complexity.
+
+    Examples
+    --------
+    >>> AmbientRegularizedSCVI.setup_anndata(adata, layer="counts", batch_key="sample")
+    >>> model = AmbientRegularizedSCVI(adata)
+    >>> model.train()
+    >>> adata.obsm["X_vi"] = model.get_latent_representation()
+    >>> adata.layers["denoised"] = model.get_denoised_counts()
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        *,
+        n_hidden: int = 512,
+        n_latent: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        background: Background | None = "free",
+        use_feature_scaling: bool | None = None,
+        use_batch_in_decoder: bool = False,
+        likelihood: Literal["negative_binomial", "poisson"] = "negative_binomial",
+        encoder_input: Literal["normalized", "log1p"] = "normalized",
+        sensitivity: float = 1.0,
+        library_n_hidden: int = 16,
+        library_variance_weight: float = 0.5,
+        residual_library: bool = True,
+        regularise_background: bool = False,
+        regularise_dispersion: bool = True,
+        decoder_weight_l2: float = 0.1,
+        theta_sampling: Literal["minibatch", "cell"] = "minibatch",
+        seed: int = 0,
+    ) -> None:
+        cells = self._start(adata, None, seed, None)
+        assert cells is not None
+        keys = self._keys
+        scaling = bool(keys.feature_scaling) if use_feature_scaling is None else use_feature_scaling
+        modality = ModalityConfig(
+            n_vars=len(self._features[RNA]),
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_latent=n_latent,
+            background=background,
+            feature_scaling=scaling,
+            likelihood=likelihood,
+            sensitivity=sensitivity,
+        )
+        config = self._vae_config(
+            {RNA: modality},
+            use_batch_in_decoder=use_batch_in_decoder,
+            dropout=dropout_rate,
+            encoder_input=encoder_input,
+            library_hidden=library_n_hidden,
+            library_variance_weight=library_variance_weight,
+            residual_library=residual_library,
+            regularise_background=regularise_background,
+            regularise_dispersion=regularise_dispersion,
+            decoder_weight_l2=decoder_weight_l2,
+            theta_sampling=theta_sampling,
+        )
+        self._build(config, cells)
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        ambient_covariate_keys: Sequence[str] | None = None,
+        nn_conditioning_covariate_keys: Sequence[str] | None = None,
+        feature_scaling_covariate_keys: Sequence[str] | None = None,
+        dispersion_key: str | None = None,
+        library_size_key: str | None = None,
+        encoder_covariate_keys: Sequence[str] | bool = False,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        library_key: str | None = None,
+        dataset_key: str | None = None,
+        technical_covariate_keys: Sequence[str] | None = None,
+        allow_noninteger: bool = False,
+    ) -> None:
+        """Check a data set and register it.
+
+        Parameters
+        ----------
+        adata
+            Counts, cells x genes. Not a view.
+        layer
+            Layer with raw counts; ``None`` reads ``adata.X``.
+        batch_key
+            One column for ambient background, dispersion and library size; not together with the keys of these three.
+            For plain integration of technologies, name it in ``nn_conditioning_covariate_keys`` too.
+        ambient_covariate_keys
+            Columns whose categories have an additive background each; they add up.
+        nn_conditioning_covariate_keys
+            Columns that the decoder is told. What differs between their categories is left out of z.
+        feature_scaling_covariate_keys
+            Columns whose categories have a factor per gene; they multiply.
+        dispersion_key
+            Column with the groups of inverse dispersions.
+        library_size_key
+            Column with the groups whose library sizes share a prior.
+        encoder_covariate_keys
+            Columns that encoders are told; ``True`` for the conditioning keys.
+        continuous_covariate_keys
+            Columns with numbers, for decoders and library encoders.
+        library_key, dataset_key, technical_covariate_keys
+            For metrics: the finest technical unit, the data set it belongs to, other technical axes.
+        allow_noninteger
+            Accept counts that were corrected before and are no longer integers.
+
+        Raises
+        ------
+        MissingKeyError
+            A column or layer does not exist; the message lists those that do.
+        InvalidCountsError
+            The layer does not hold counts, or a cell is empty.
+        GeneMismatchError
+            A gene name occurs twice.
+        InvalidArgumentError
+            ``batch_key`` beside a key it stands for, missing values in a column, or a view.
+
+        Warns
+        -----
+        CellstillWarning
+            Batches differ by a factor per gene, as technologies do, and no key takes that up.
+        """
+        if adata.is_view:
+            raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
+        keys = CovariateKeys.resolve(
+            batch_key=batch_key,
+            ambient_covariate_keys=ambient_covariate_keys,
+            nn_conditioning_covariate_keys=nn_conditioning_covariate_keys,
+            feature_scaling_covariate_keys=feature_scaling_covariate_keys,
+            dispersion_key=dispersion_key,
+            library_size_key=library_size_key,
+            encoder_covariate_keys=encoder_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            library_key=library_key,
+            dataset_key=dataset_key,
+            technical_covariate_keys=technical_covariate_keys,
+        )
+        keys.check(adata.obs)
+        check_unique_genes(adata.var_names)
+        check_counts(adata, layer, allow_noninteger=allow_noninteger)
+        if batch_key is not None and batch_key not in (*keys.conditioning, *keys.feature_scaling):
+            values = adata.obs[batch_key].astype("category")
+            names = [str(name) for name in values.cat.categories]
+            counts = as_csr(get_layer(adata, layer))
+            warn_if_multiplicative(counts, values.cat.codes.to_numpy(dtype=np.int64), names, batch_key)
+        register(
+            cls,
+            adata,
+            layer=layer,
+            categorical=keys.registered,
+            continuous=keys.continuous,
+            setup_args={"keys": keys.to_dict(), "layers": {RNA: layer}, "allow_noninteger": allow_noninteger},
+        )
+
+    @classmethod
+    def load(cls, dir_path: str | os.PathLike[str], adata: AnnData | None = None) -> AmbientRegularizedSCVI:
+        """Read a model that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        dir_path
+            Folder.
+        adata
+            Data to attach; genes are matched by name, in any order.
+
+        Raises
+        ------
+        StoreError
+            The folder is absent, damaged, of another class, or from a newer cellstill.
+        """
+        return cls._load(dir_path, adata)

@@ -1,0 +1,276 @@
+"""RegularizedMultimodalVI: regularised VI of any number of modalities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from cellstill._compat.scvi import register
+from cellstill.data.annotations import complete_obs
+from cellstill.errors import InvalidArgumentError, check_key
+from cellstill.vi.analysis import Analysis
+from cellstill.vi.cells import Cells
+from cellstill.vi.config import Background, LatentMode, ModalityConfig
+from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.multiplicative import warn_if_multiplicative
+from cellstill.vi.roles import ROLES, resolve_roles
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+
+class RegularizedMultimodalVI(Analysis):
+    r"""Regularised VI of RNA, chromatin accessibility, surface protein, or any counts of the same cells.
+
+    Each modality m has the generative model of :class:`~cellstill.vi.AmbientRegularizedSCVI`, and its decoder sees the
+    latents of all of them:
+
+    .. math::
+        z_n = [z_n^{(1)}; \ldots; z_n^{(M)}], \qquad
+        \mu^{(m)}_{nf} = l^{(m)}_n\,(\mathrm{softplus}(f^{(m)}([z_n, c_n]))_f + b^{(m)}_{e(n)f})\,y^{(m)}_{nf}
+
+    Cells may lack modalities: they add nothing to the terms of those, and the part of z that belongs to them is the
+    prior.
+
+    Parameters
+    ----------
+    mdata
+        Counts, registered with :meth:`setup_mudata`.
+    n_hidden, n_layers, n_latent
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`; a number, or a dictionary by modality, as are ``background``,
+        ``use_feature_scaling``, ``likelihood`` and ``sensitivity``.
+    background, use_feature_scaling
+        ``None`` follows the modality's role: background for RNA and protein, feature scaling for ATAC. A background of
+        ``False`` leaves it out.
+    latent_mode
+        ``"concatenation"``: each modality has a part of z, in the order of the names. ``"weighted_mean"``: one z, the
+        mean of the modalities' posteriors with learned weights. ``"single_encoder"``: one z of one encoder.
+    dropout_rate, use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
+    regularise_background, regularise_dispersion, decoder_weight_l2, theta_sampling, seed
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
+
+    Examples
+    --------
+    >>> RegularizedMultimodalVI.setup_mudata(mdata, batch_key="sample", modality_roles={"gex": "rna", "peaks": "atac"})
+    >>> model = RegularizedMultimodalVI(mdata, n_latent={"gex": 96, "peaks": 32})
+    >>> model.train()
+    >>> mdata.obsm["X_vi"] = model.get_latent_representation()
+    """
+
+    def __init__(
+        self,
+        mdata: MuData | None = None,
+        *,
+        n_hidden: int | Mapping[str, int] = 512,
+        n_latent: int | Mapping[str, int] = 128,
+        n_layers: int | Mapping[str, int] = 1,
+        dropout_rate: float = 0.1,
+        background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
+        use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
+        use_batch_in_decoder: bool = False,
+        likelihood: str | Mapping[str, str] = "negative_binomial",
+        latent_mode: LatentMode = "concatenation",
+        encoder_input: Literal["normalized", "log1p"] = "normalized",
+        sensitivity: float | Mapping[str, float] = 1.0,
+        library_n_hidden: int = 16,
+        library_variance_weight: float = 0.5,
+        residual_library: bool = True,
+        regularise_background: bool = False,
+        regularise_dispersion: bool = True,
+        decoder_weight_l2: float = 0.1,
+        theta_sampling: Literal["minibatch", "cell"] = "minibatch",
+        seed: int = 0,
+    ) -> None:
+        cells = self._start(mdata, None, seed, None)
+        names, roles = self.modality_names, self._setup["roles"]
+        backgrounds = _each("background", background, names)
+        scalings = _each("use_feature_scaling", use_feature_scaling, names)
+        settings: dict[str, dict[str, Any]] = {
+            argument: _each(argument, value, names)
+            for argument, value in {
+                "n_hidden": n_hidden,
+                "n_latent": n_latent,
+                "n_layers": n_layers,
+                "likelihood": likelihood,
+                "sensitivity": sensitivity,
+            }.items()
+        }
+        modalities = {}
+        for name in names:
+            usual = ROLES[roles[name]]
+            own_background = backgrounds[name]
+            if own_background is None:
+                own_background = "free" if usual.background else False
+            own_scaling = usual.feature_scaling if scalings[name] is None else scalings[name]
+            modalities[name] = ModalityConfig(
+                n_vars=len(self._features[name]),
+                background=own_background or None,
+                feature_scaling=own_scaling,
+                **{argument: values[name] for argument, values in settings.items()},
+            )
+        config = self._vae_config(
+            modalities,
+            use_batch_in_decoder=use_batch_in_decoder,
+            latent_mode=latent_mode,
+            dropout=dropout_rate,
+            encoder_input=encoder_input,
+            library_hidden=library_n_hidden,
+            library_variance_weight=library_variance_weight,
+            residual_library=residual_library,
+            regularise_background=regularise_background,
+            regularise_dispersion=regularise_dispersion,
+            decoder_weight_l2=decoder_weight_l2,
+            theta_sampling=theta_sampling,
+        )
+        self._build(config, cells)
+
+    @classmethod
+    def setup_anndata(cls, adata: AnnData, **settings: Any) -> None:
+        """Refuse: this model takes MuData.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Always.
+        """
+        raise InvalidArgumentError(
+            "RegularizedMultimodalVI takes a MuData: use setup_mudata. For one AnnData use AmbientRegularizedSCVI."
+        )
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        *,
+        modalities: Sequence[str] | Mapping[str, str | None] | None = None,
+        modality_roles: Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        ambient_covariate_keys: Sequence[str] | None = None,
+        nn_conditioning_covariate_keys: Sequence[str] | None = None,
+        feature_scaling_covariate_keys: Sequence[str] | None = None,
+        dispersion_key: str | None = None,
+        library_size_key: str | None = None,
+        encoder_covariate_keys: Sequence[str] | bool = False,
+        continuous_covariate_keys: Sequence[str] | None = None,
+        library_key: str | None = None,
+        dataset_key: str | None = None,
+        technical_covariate_keys: Sequence[str] | None = None,
+        allow_noninteger: bool = False,
+    ) -> None:
+        """Check a data set and register it.
+
+        Parameters
+        ----------
+        mdata
+            Counts by modality, whose cells need not have all of them. A cell without a single count of a modality is
+            taken to lack it.
+        modalities
+            Names of the modalities to model, or a dictionary from names to layers with counts (``None`` is ``X``).
+            Without it, ``X`` of all of them.
+        modality_roles
+            What each modality measures: ``"rna"`` (also spliced, unspliced), ``"atac"`` or ``"protein"``; guessed from
+            common names where left out.
+        batch_key, ambient_covariate_keys, nn_conditioning_covariate_keys, dispersion_key, library_size_key
+            See :meth:`AmbientRegularizedSCVI.setup_anndata`. Columns are looked for in ``mdata.obs``, then in ``obs``
+            of the modalities; ``"modality:column"`` names one of those.
+        feature_scaling_covariate_keys
+            Columns whose categories have a factor per feature; by default the conditioning keys.
+        encoder_covariate_keys, continuous_covariate_keys, library_key, dataset_key, technical_covariate_keys
+            See :meth:`AmbientRegularizedSCVI.setup_anndata`.
+        allow_noninteger
+            Accept counts that were corrected before and are no longer integers.
+
+        Raises
+        ------
+        MissingKeyError
+            A modality, column or layer does not exist; the message lists those that do.
+        InvalidCountsError
+            A matrix does not hold counts.
+        InvalidArgumentError
+            A role can be neither found nor guessed, or covariates are wrong (see
+            :meth:`AmbientRegularizedSCVI.setup_anndata`).
+
+        Warns
+        -----
+        CellstillWarning
+            Cells without counts of a modality; batches that differ by a factor per feature of RNA.
+        """
+        if not hasattr(mdata, "mod"):
+            raise InvalidArgumentError(
+                "mdata is not a MuData. Give one: mudata.MuData({'rna': adata, ...}); or use AmbientRegularizedSCVI."
+            )
+        if modalities is None:
+            modalities = list(mdata.mod)
+        layers = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities)
+        for name in layers:
+            check_key("modalities", name, "mdata.mod", mdata.mod.keys())
+        roles = resolve_roles(list(layers), modality_roles)
+        keys = CovariateKeys.resolve(
+            batch_key=batch_key,
+            ambient_covariate_keys=ambient_covariate_keys,
+            nn_conditioning_covariate_keys=nn_conditioning_covariate_keys,
+            feature_scaling_covariate_keys=feature_scaling_covariate_keys,
+            dispersion_key=dispersion_key,
+            library_size_key=library_size_key,
+            encoder_covariate_keys=encoder_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            library_key=library_key,
+            dataset_key=dataset_key,
+            technical_covariate_keys=technical_covariate_keys,
+            scaling_follows_conditioning=True,
+        )
+        keys.check(complete_obs(mdata, keys.arguments))
+        cells = Cells.read(mdata, keys, layers=layers, allow_noninteger=allow_noninteger)
+        if batch_key is not None and batch_key not in (*keys.conditioning, *keys.feature_scaling):
+            for name in (name for name, role in roles.items() if role == "rna"):
+                has = cells.present[name]
+                warn_if_multiplicative(
+                    cells.counts[name][has], cells.codes[batch_key][has], cells.categories[batch_key], batch_key
+                )
+        register(
+            cls,
+            mdata,
+            layers=layers,
+            categorical=keys.registered,
+            continuous=keys.continuous,
+            setup_args={
+                "keys": keys.to_dict(),
+                "layers": layers,
+                "roles": roles,
+                "allow_noninteger": allow_noninteger,
+            },
+        )
+
+    @classmethod
+    def load(cls, dir_path: str | os.PathLike[str], mdata: MuData | None = None) -> RegularizedMultimodalVI:
+        """Read a model that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        dir_path
+            Folder.
+        mdata
+            Data to attach; features are matched by name, in any order.
+
+        Raises
+        ------
+        StoreError
+            The folder is absent, damaged, of another class, or from a newer cellstill.
+        """
+        return cls._load(dir_path, mdata)
+
+
+def _each(argument: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
+    """One value per modality."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    missing = [name for name in names if name not in value]
+    unknown = [name for name in value if name not in names]
+    if missing or unknown:
+        raise InvalidArgumentError(
+            f"{argument} has {list(value)}; the modalities are {list(names)}. Give one value for each, or one for all."
+        )
+    return dict(value)

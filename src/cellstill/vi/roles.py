@@ -1,0 +1,70 @@
+"""What each modality measures, and what follows for its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cellstill.errors import InvalidArgumentError, check_option
+
+Role = Literal["rna", "atac", "protein"]
+
+
+@dataclass(frozen=True)
+class RoleDefaults:
+    """Parts of the model that a role has by default."""
+
+    background: bool
+    feature_scaling: bool
+
+
+ROLES: dict[str, RoleDefaults] = {
+    # Ambient molecules are captured with the cell's own.
+    "rna": RoleDefaults(background=True, feature_scaling=False),
+    # Peaks differ by GC content, mappability and calling.
+    "atac": RoleDefaults(background=False, feature_scaling=True),
+    # Antibodies bind without their target.
+    "protein": RoleDefaults(background=True, feature_scaling=False),
+}
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "rna": ("rna", "gex", "gene", "genes", "expression", "transcriptome", "spliced", "unspliced", "mrna", "scrna"),
+    "atac": ("atac", "peak", "peaks", "accessibility", "chromatin", "fragments", "scatac", "tiles"),
+    "protein": ("protein", "proteins", "prot", "adt", "antibody", "antibodies", "cite", "surface"),
+}
+
+
+def resolve_roles(modalities: Sequence[str], given: Mapping[str, str] | None) -> dict[str, str]:
+    """Find the role of each modality.
+
+    Parameters
+    ----------
+    modalities
+        Names.
+    given
+        Roles by modality; those left out are guessed from common names, such as ``"gex"`` or ``"peaks"``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A role is unknown, belongs to no modality, or can be neither found nor guessed.
+    """
+    given = dict(given or {})
+    for name, role in given.items():
+        check_option("modality_roles", name, modalities)
+        check_option(f"modality_roles[{name!r}]", role, ROLES)
+    roles = {name: given.get(name) or _guess(name) for name in modalities}
+    unknown = [name for name, role in roles.items() if role is None]
+    if unknown:
+        raise InvalidArgumentError(
+            f"What the modality {unknown[0]!r} measures cannot be told from its name. Say so: "
+            f"modality_roles={{{unknown[0]!r}: ...}}, with one of {list(ROLES)}."
+        )
+    return {name: role for name, role in roles.items() if role is not None}
+
+
+def _guess(name: str) -> str | None:
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
+    found = {role for role, names in _NAMES.items() if any(word in names for word in words)}
+    return found.pop() if len(found) == 1 else None

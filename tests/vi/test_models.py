@@ -1,0 +1,344 @@
+"""Both models from set-up to store: getters against the module's own numbers and against each other."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import matplotlib as mpl
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
+from cellstill.errors import CellstillError, InvalidArgumentError, NotTrainedError, StoreError
+
+mpl.use("Agg")
+
+N, N_GENES, N_PEAKS = 90, 40, 30
+SMALL = {"n_hidden": 16, "n_latent": 4}
+
+
+def make(n_vars=N_GENES, prefix="g", seed=0):
+    rng = np.random.default_rng(seed)
+    cell_type = np.arange(N) % 3
+    rates = rng.gamma(0.5, 4.0, (3, n_vars))[cell_type] * rng.lognormal(0, 0.3, (N, 1))
+    counts = rng.poisson(rates + 0.1)
+    counts[counts.sum(axis=1) == 0, 0] = 1
+    obs = pd.DataFrame(
+        {"lane": np.array(["a", "b", "c"])[rng.integers(0, 3, N)], "site": np.array(["x", "y"])[np.arange(N) % 2]},
+        index=[f"cell{i}" for i in range(N)],
+    )
+    var = pd.DataFrame(index=[f"{prefix}{i}" for i in range(n_vars)])
+    return ad.AnnData(sp.csr_matrix(counts, dtype=np.float32), obs=obs, var=var)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:From 0.4:FutureWarning")
+
+
+def make_mudata():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return mudata.MuData({"gex": make(), "peaks": make(N_PEAKS, "p", seed=1)})
+
+
+@pytest.fixture(scope="module")
+def rna():
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane", nn_conditioning_covariate_keys=["site"])
+    model = AmbientRegularizedSCVI(adata, **SMALL)
+    return model.train(max_epochs=3, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    mdata = make_mudata()
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    model = RegularizedMultimodalVI(mdata, **SMALL)
+    return model.train(max_epochs=3, batch_size=32)
+
+
+def test_expression_sums_to_the_library_size_and_two_calls_agree(rna):
+    expression = rna.get_normalized_expression(library_size=1e4)
+    np.testing.assert_allclose(expression.sum(axis=1), 1e4, rtol=1e-5)
+    assert expression.shape == (N, N_GENES)
+    pd.testing.assert_frame_equal(expression, rna.get_normalized_expression(library_size=1e4))
+    some = rna.get_normalized_expression(indices=[3, 1], gene_list=["g5", "g2"], library_size=1e4)
+    np.testing.assert_allclose(some, expression.loc[["cell3", "cell1"], ["g5", "g2"]], rtol=1e-5)
+
+
+def test_background_is_what_is_added_to_native_expression(rna):
+    native = rna.get_normalized_expression(library_size="latent", return_numpy=True)
+    whole = rna.get_normalized_expression(library_size="latent", include_background=True, return_numpy=True)
+    size = rna.get_latent_library_size()
+    profile = rna.get_ambient_profile()
+    np.testing.assert_allclose(profile.sum(axis=1), 1.0, rtol=1e-6)
+    assert list(profile.index) == ["a", "b", "c"]
+    added = (whole - native) / size
+    lanes = rna.adata.obs["lane"].to_numpy()
+    for lane in "abc":
+        own = added[lanes == lane]
+        np.testing.assert_allclose(own, own[[0]].repeat(len(own), axis=0), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(own[0] / own[0].sum(), profile.loc[lane], rtol=1e-2)
+    fraction = (whole - native).sum(axis=1) / whole.sum(axis=1)
+    np.testing.assert_allclose(rna.get_ambient_fraction(), fraction, rtol=1e-3)
+
+
+def test_denoised_counts_never_exceed_the_observed(rna):
+    observed = rna.adata.X
+    expected = rna.get_denoised_counts()
+    drawn = rna.get_denoised_counts(integer=True)
+    assert (observed - expected).min() >= 0
+    assert (observed - drawn).min() >= 0
+    np.testing.assert_array_equal(drawn.data, np.round(drawn.data))
+    assert 0 < expected.sum() < observed.sum()
+    np.testing.assert_allclose(drawn.sum(), expected.sum(), rtol=0.05)
+    assert (drawn != rna.get_denoised_counts(integer=True, batch_size=7)).nnz <= 2  # rounding may move a draw
+    share = expected[5, :].toarray()[0] / np.maximum(observed[5, :].toarray()[0], 1)
+    native = rna.get_normalized_expression(indices=[5], library_size="latent", return_numpy=True)[0]
+    both = rna.get_normalized_expression(
+        indices=[5], library_size="latent", include_background=True, return_numpy=True
+    )[0]
+    has = observed[5, :].toarray()[0] > 0
+    np.testing.assert_allclose(share[has], (native / both)[has], rtol=1e-4)
+
+
+def test_decoding_as_a_category_puts_all_cells_in_it(rna):
+    as_x, as_y = (rna.get_normalized_expression(transform_batch=site, return_numpy=True) for site in "xy")
+    own = rna.get_normalized_expression(return_numpy=True)
+    is_x = (rna.adata.obs["site"] == "x").to_numpy()
+    np.testing.assert_allclose(own[is_x], as_x[is_x], rtol=1e-5)
+    np.testing.assert_allclose(own[~is_x], as_y[~is_x], rtol=1e-5)
+    assert not np.allclose(own[~is_x], as_x[~is_x], rtol=1e-3)
+    native = [
+        rna.get_normalized_expression(transform_batch=site, library_size="latent", return_numpy=True) for site in "xy"
+    ]
+    averaged = rna.get_normalized_expression(transform_batch=["x", "y"], library_size="latent", return_numpy=True)
+    np.testing.assert_allclose(averaged, np.mean(native, axis=0), rtol=1e-5)
+    with pytest.raises(InvalidArgumentError, match=r"transform_batch\['site'\]"):
+        rna.get_normalized_expression(transform_batch="z")
+
+
+def test_zarr_holds_the_same(rna, tmp_path):
+    stored = rna.get_normalized_expression(out=tmp_path / "e.zarr", batch_size=17)
+    np.testing.assert_allclose(stored[:], rna.get_normalized_expression(return_numpy=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["rna", "joint"])
+def test_attribution_is_the_derivative_of_the_expected_counts(which, request):
+    model = request.getfixturevalue(which)
+    chosen = [0, 7, 20]
+    found = model.get_modality_attribution(indices=chosen)
+    again = model.get_modality_attribution(indices=chosen)
+    batch = next(iter(model._cells()[chosen].loader(batch_size=3)))
+    z = torch.from_numpy(model.get_latent_representation(indices=chosen)).double()
+    sizes = {name: model.get_latent_library_size(indices=chosen, modality=name) for name in found}
+    module = model.module.double()
+    try:
+        for name, one in found.items():
+            np.testing.assert_array_equal(one.attribution, again[name].attribution)
+            part, size = module.modality(name), torch.from_numpy(sizes[name]).double()
+            scaling = part.scaling_of(batch)
+
+            def mean(at, part=part, size=size, scaling=scaling):
+                logits = part.output(part.features(at, batch))
+                value = size * torch.nn.functional.softplus(logits)
+                return value if scaling is None else value * scaling
+
+            derivative = []
+            for j in range(z.shape[1]):
+                step = torch.zeros_like(z)
+                step[:, j] = 1e-3
+                derivative.append(((mean(z + step) - mean(z - step)) / 2e-3).detach())
+            derivative = torch.stack(derivative, dim=2)
+            np.testing.assert_allclose(one.attribution, derivative.abs().mean(dim=1), rtol=1e-3, atol=1e-5)
+            for block, norm in one.block_norm.items():
+                columns = model._parts()[block]
+                expected = derivative[:, :, columns].square().sum(dim=(1, 2)).sqrt()
+                np.testing.assert_allclose(norm, expected, rtol=1e-3)
+            np.testing.assert_allclose(one.weighted_z, z.numpy() * one.attribution, rtol=1e-5)
+    finally:
+        module.float()
+    figure = model.plot_attribution_scatter(indices=chosen)
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_evidence_is_a_bound_and_repeats(rna):
+    each = rna.get_elbo(return_mean=False)
+    assert each.shape == (N,)
+    assert rna.get_elbo() == pytest.approx(each.mean())
+    assert rna.get_elbo() == rna.get_elbo()
+    bound = np.mean([rna.get_elbo(seed=seed) for seed in range(10)])
+    assert rna.get_marginal_ll(n_mc_samples=100) > bound
+    error = rna.get_reconstruction_error()["reconstruction_loss"]
+    assert -error > bound
+
+
+def test_predicted_counts_resemble_the_observed(rna):
+    drawn = rna.posterior_predictive_sample(n_samples=3)
+    assert len(drawn) == 3
+    totals = np.mean([sample.sum() for sample in drawn])
+    np.testing.assert_allclose(totals, rna.adata.X.sum(), rtol=0.15)
+    np.testing.assert_array_equal(drawn[0].data, np.round(drawn[0].data))
+
+
+def test_history_has_every_term_of_both_splits(rna):
+    for split in ("train", "validation"):
+        for term in ("loss", "elbo", "reconstruction_loss", "kl_z", "kl_l", "dispersion", "library_weight"):
+            frame = rna.history_[f"{term}_{split}"]
+            assert len(frame) == 3
+            assert np.isfinite(frame.to_numpy()).all()
+    parts = sum(rna.history_[f"{term}_train"].iloc[:, 0] for term in ("reconstruction_loss", "kl_z", "kl_l"))
+    np.testing.assert_allclose(rna.history_["elbo_train"].iloc[:, 0], parts, rtol=1e-6)
+
+
+def test_equal_seeds_give_equal_models(rna):
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane", nn_conditioning_covariate_keys=["site"])
+    other = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=3, batch_size=32)
+    np.testing.assert_array_equal(other.get_latent_representation(), rna.get_latent_representation())
+
+
+def test_published_quick_starts_run(caplog):
+    adata = make()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X)
+    AmbientRegularizedSCVI.setup_anndata(
+        adata, layer="counts", batch_key="lane", nn_conditioning_covariate_keys=["site"]
+    )
+    model = AmbientRegularizedSCVI(adata, n_hidden=16, n_layers=1, n_latent=8)
+    with caplog.at_level("INFO", logger="cellstill"):
+        model.train(train_size=1.0, max_epochs=2, batch_size=1024)
+    assert any("watches the training loss" in message for message in caplog.messages)
+    assert model.get_latent_representation().shape == (N, 8)
+    AmbientRegularizedSCVI.setup_anndata(
+        adata,
+        layer="counts",
+        ambient_covariate_keys=["lane", "site"],
+        nn_conditioning_covariate_keys=["site"],
+        dispersion_key="lane",
+        library_size_key="site",
+    )
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+    profile = model.get_ambient_profile()
+    assert list(profile.index) == [("lane", "a"), ("lane", "b"), ("lane", "c"), ("site", "x"), ("site", "y")]
+
+
+def test_rna_alone_is_the_case_of_one_modality():
+    adata = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        mdata = mudata.MuData({"rna": adata.copy()})
+    AmbientRegularizedSCVI.setup_anndata(adata)
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    one = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=2)
+    other = RegularizedMultimodalVI(mdata, **SMALL).train(max_epochs=2)
+    np.testing.assert_array_equal(one.get_latent_representation(), other.get_latent_representation())
+
+
+def test_roles_decide_what_modalities_have(joint):
+    gex, peaks = joint.module.modality("gex"), joint.module.modality("peaks")
+    assert gex.background is not None
+    assert gex.scaling is None
+    assert peaks.background is None
+    assert peaks.scaling is not None
+    latents = joint.get_modality_latents()
+    np.testing.assert_array_equal(np.hstack(list(latents.values())), joint.get_latent_representation())
+    with pytest.raises(InvalidArgumentError, match="modality has to be named"):
+        joint.get_normalized_expression()
+    with pytest.raises(InvalidArgumentError, match="has no ambient background"):
+        joint.get_ambient_profile(modality="peaks")
+
+
+def test_unknown_role_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        mdata = mudata.MuData({"first": make(), "peaks": make(N_PEAKS, "p")})
+    with pytest.raises(InvalidArgumentError, match="modality_roles=.'first': ...."):
+        RegularizedMultimodalVI.setup_mudata(mdata)
+    RegularizedMultimodalVI.setup_mudata(mdata, modality_roles={"first": "protein"})
+    with pytest.raises(InvalidArgumentError, match="takes a MuData"):
+        RegularizedMultimodalVI.setup_anndata(make())
+
+
+@pytest.mark.parametrize("latent_mode", ["weighted_mean", "single_encoder"])
+def test_other_latent_modes_train_and_say_what_they_lack(latent_mode):
+    mdata = make_mudata()
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    model = RegularizedMultimodalVI(mdata, latent_mode=latent_mode, **SMALL).train(max_epochs=2)
+    assert model.get_latent_representation().shape == (N, 4)
+    with pytest.raises(InvalidArgumentError, match="latent_mode"):
+        model.get_modality_latents()
+
+
+@pytest.mark.parametrize("which", ["rna", "joint"])
+@pytest.mark.parametrize("with_data", [True, False], ids=["with_data", "without_data"])
+def test_a_stored_model_is_the_same(which, with_data, request, tmp_path):
+    model = request.getfixturevalue(which)
+    model.save(tmp_path / "model")
+    data = model.adata.copy()
+    loaded = type(model).load(tmp_path / "model", data if with_data else None)
+    given = None if with_data else data
+    np.testing.assert_array_equal(loaded.get_latent_representation(given), model.get_latent_representation())
+    assert loaded.get_elbo(given) == model.get_elbo()
+    pd.testing.assert_frame_equal(loaded.history_["elbo_train"], model.history_["elbo_train"])
+    np.testing.assert_array_equal(loaded.train_indices_, model.train_indices_)
+    with pytest.raises(StoreError, match="exists"):
+        model.save(tmp_path / "model")
+
+
+def test_genes_are_matched_by_name(rna):
+    order = np.random.default_rng(0).permutation(N_GENES)
+    np.testing.assert_allclose(
+        rna.get_latent_representation(make()[:, order].copy()), rna.get_latent_representation(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_unknown_category_is_named_where_it_matters(rna):
+    new = make()
+    new.obs["lane"] = "d"
+    assert rna.get_latent_representation(new).shape == (N, 4)
+    with pytest.raises(CellstillError, match="'d'"):
+        rna.get_normalized_expression(new)
+
+
+def test_untrained_model_says_so():
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata)
+    model = AmbientRegularizedSCVI(adata, **SMALL)
+    with pytest.raises(NotTrainedError, match=r"Call train\(\)"):
+        model.get_latent_representation()
+
+
+def test_resume_goes_on_from_a_checkpoint(tmp_path):
+    def train(max_epochs, stop_after=None, **settings):
+        adata = make()
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+        model = AmbientRegularizedSCVI(adata, **SMALL)
+
+        def interrupt(phase, epoch, losses):
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+
+        model.train(max_epochs=max_epochs, progress=interrupt, **settings)
+        return model.get_latent_representation()
+
+    whole = train(4)
+    with pytest.raises(KeyboardInterrupt):
+        train(4, stop_after=1, checkpoint=tmp_path / "run.safetensors")
+    np.testing.assert_array_equal(train(4, checkpoint=tmp_path / "run.safetensors", resume=True), whole)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_stratified_split_takes_the_share_of_every_group(stratified):
+    adata = make()
+    adata.obs["lane"] = ["a"] * 10 + ["b"] * 80
+    AmbientRegularizedSCVI.setup_anndata(adata)
+    model = AmbientRegularizedSCVI(adata, **SMALL)
+    model.train(max_epochs=1, train_size=0.8, stratify_validation_key="lane" if stratified else None)
+    assert len(model.validation_indices_) == 18
+    if stratified:
+        assert (model.validation_indices_ < 10).sum() == 2
