@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
+from cellstill.nn.compiled import compiled
 from cellstill.nn.dropout import drop
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"], autouse=True)
+def mode(request):
+    with compiled(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("p", [1e-4, 0.1, 0.5, 0.9])
@@ -34,6 +41,15 @@ def test_values_that_share_a_random_word_are_dropped_alike_and_independently():
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 def test_any_number_of_values(n):
     assert drop(torch.ones(n), 0.5, True).shape == (n,)
+
+
+def test_compiled_or_not_the_same_values_are_dropped():
+    x, found = torch.randn(1003), []
+    for mode in (False, True):
+        torch.manual_seed(2)
+        with compiled(mode):
+            found.append(drop(x, 0.4, True))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_the_seed_decides():

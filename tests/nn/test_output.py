@@ -249,12 +249,34 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         negative_binomial_output(**arguments)
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.nan], ids=["nan", "negative_nan"])
-def test_a_single_logit_that_is_not_a_number_shows(bad):
-    counts, (hidden, weight, bias, log_size, theta), _ = make()
-    weight[7, 0] = bad
-    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf], ids=["nan", "negative_nan", "inf"])
+@pytest.mark.parametrize("link", ["softmax", "softplus"])
+@pytest.mark.parametrize("gene", [0, 7, 31, 52])
+def test_a_single_logit_that_is_not_finite_shows(link, bad, gene):
+    """In vector instructions as in what is left over."""
+    counts, (hidden, weight, bias, log_size, theta), _ = make(link=link)
+    counts[:, gene] = 0
+    bias[gene] = bad
+    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta, link=link)
     assert not torch.isfinite(value).any()
+
+
+def test_gradients_are_used_once():
+    counts, parameters, _ = make()
+    hidden = parameters[0].clone().requires_grad_()
+    total, _ = negative_binomial_output(hidden, *parameters[1:3], rows(counts), *parameters[3:])
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="computed once, and were already used"):
+        total.backward()
+
+
+def test_a_gradient_is_handed_over_without_a_copy():
+    counts, parameters, _ = make(n=300, n_vars=400, n_hidden=64)
+    weight = parameters[1].clone().requires_grad_()
+    total, _ = negative_binomial_output(parameters[0], weight, parameters[2], rows(counts), *parameters[3:])
+    at = total.grad_fn.grads[1].data_ptr()
+    total.backward()
+    assert weight.grad.data_ptr() == at
 
 
 def test_without_gradients_their_products_are_left_out(monkeypatch):

@@ -29,12 +29,9 @@ def counts():
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("large", [False, True], ids=["matrix_in_cache", "matrix_beyond_cache"])
 @pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_product_and_gradient(counts, index, large, mode, n_threads, monkeypatch):
-    monkeypatch.setattr(product, "_LARGE", 0 if large else 1 << 20)
-    monkeypatch.setattr(module, "_MIN_SHARE", 1)
+def test_product_and_gradient(counts, index, mode, n_threads):
     matrix = torch.randn(70, 9, requires_grad=True)
     outer = torch.randn(31, 9)
     before = torch.get_num_threads()
@@ -48,6 +45,17 @@ def test_product_and_gradient(counts, index, large, mode, n_threads, monkeypatch
     np.testing.assert_allclose(found.detach(), counts @ matrix.detach().numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(matrix.grad, counts.T @ outer.numpy(), rtol=1e-5, atol=1e-6)
     assert not found[4].any(), "an empty row is a row"
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_the_order_by_column_is_that_of_scipy(counts, index):
+    columns, x = counts.tocsc(), rows(counts, index)
+    for mode in (False, True):
+        with compiled(mode):
+            found = product._columns(x)
+        for part, known in zip(found, (columns.data, columns.indices, columns.indptr), strict=True):
+            np.testing.assert_array_equal(part, known)
+        assert {part.dtype for part in found[1:]} <= {torch.int32, index}
 
 
 def test_density_and_size_decide():

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Compiled loops of the CPU: a sparse product, and a count likelihood with its gradients row by row.
+"""Compiled loops of the CPU: a count likelihood with its gradients row by row, and what is slow around it.
 
 Numba compiles them on first use and keeps the machine code on disk. They read and write NumPy arrays in float32,
 release the interpreter's lock, and work on a range of rows or columns, so that threads can share the work.
@@ -11,6 +11,7 @@ branches, which the compiler turns into vector instructions; calls to the C libr
 from __future__ import annotations
 
 import numba
+import numba.extending
 import numpy as np
 
 _F = np.float32
@@ -100,16 +101,15 @@ def _ordered(bits):
 
 @_compile
 def _softmax(row, bias):
-    """``exp(logits + bias - max)`` in place; returns their sum, NaN if a logit is NaN or infinite."""
-    top, poison = np.int32(-(2**31)), _F(0)
+    """``exp(logits + bias - max)`` in place; returns their sum, NaN if a logit is NaN or plus infinity."""
+    top = np.int32(-(2**31))
     for j in range(row.size):
         logit = row[j] + bias[j]
         row[j] = logit
-        poison += logit - logit
         key = _ordered(np.float32(logit).view(np.int32))
         top = key if key > top else top
     highest = np.int32(_ordered(top)).view(np.float32)
-    total = poison
+    total = _F(0)
     for j in range(row.size):
         e = _exp(row[j] - highest)
         row[j] = e
@@ -119,16 +119,13 @@ def _softmax(row, bias):
 
 @_compile
 def _softplus(row, bias, slope):
-    """``softplus(logits + bias)`` in place; ``slope`` gets its logarithm's derivative. Returns 0, or NaN as above."""
-    poison = _F(0)
+    """``softplus(logits + bias)`` in place; ``slope`` gets its logarithm's derivative."""
     for j in range(row.size):
         logit = row[j] + bias[j]
-        poison += logit - logit
         t = _exp(-abs(logit))
         value = max(logit, _F(0)) + _log1p(t)
         slope[j] = (_F(1) if logit >= _F(0) else t) / ((_F(1) + t) * value)
         row[j] = value
-    return poison
 
 
 @_compile
@@ -161,20 +158,15 @@ def _nonzeros(counts, means, thetas, grad_means, grad_thetas):
         start, above, beyond = theta + _F(4), theta + x, x + _F(5)
         u, v, w = _F(1) / start, _F(1) / (above + _F(4)), _F(1) / beyond
         spread = _F(1) / (theta + mean)
-        step = _log1p(x * u)
-        # log gamma(x + theta) / gamma(theta) + x log(mean / (mean + theta)), by Stirling's series after four steps.
-        rising = (start - _F(0.5)) * step + x * (_log((above + _F(4)) * mean * spread) - _F(1))
-        rising += _stirling(v) - _stirling(u) + _log(_product(theta) / _product(above))
-        factorial = (x + _F(4.5)) * _log(beyond) - beyond + _HALF_LOG_2PI + _stirling(w)
-        factorial -= _log(_product(x + _F(1)))
-        value += rising - factorial
-        digamma = step + _digamma_tail(v) - _digamma_tail(u)
-        digamma += x * (
-            _F(1) / (theta * above)
-            + _F(1) / ((theta + _F(1)) * (above + _F(1)))
-            + _F(1) / ((theta + _F(2)) * (above + _F(2)))
-            + _F(1) / ((theta + _F(3)) * (above + _F(3)))
-        )
+        step, square = _log1p(x * u), w * w
+        # Stirling's series after four steps, for x! after five, of the three log-gammas; their logarithms together.
+        steps = _product(theta) / _product(above) * (_product(x + _F(1)) * square * square * np.sqrt(w))
+        value += (start - _F(0.5)) * step + x * _log((above + _F(4)) * mean * spread * w) + _log(steps)
+        value += _stirling(v) - _stirling(u) - _stirling(w) + (_F(5) - _HALF_LOG_2PI)
+        # 1 / (theta above) and the next three of the kind.
+        a, b = theta * above, (theta + _F(1)) * (above + _F(1))
+        c, d = (theta + _F(2)) * (above + _F(2)), (theta + _F(3)) * (above + _F(3))
+        digamma = step + _digamma_tail(v) - _digamma_tail(u) + x * ((a + b) / (a * b) + (c + d) / (c * d))
         grad_means[k] = x * spread * theta
         grad_thetas[k] = digamma - x * spread
     return value
@@ -211,7 +203,11 @@ def negative_binomial_rows(
     grad_means, grad_thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     for i in range(start, stop):
         row, own, grad_own, w = logits[i], theta[group[i]], grad_theta[group[i]], weight[i]
-        factor = size[i] / _softmax(row, bias) if softmax else size[i] + _softplus(row, bias, slope)
+        factor = size[i]
+        if softmax:
+            factor /= _softmax(row, bias)
+        else:
+            _softplus(row, bias, slope)
         total, common = _zeros(row, factor, own, inverse_theta[group[i]], w, grads, grad_own)
 
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
@@ -240,11 +236,77 @@ def negative_binomial_rows(
 
 
 @_compile
-def columns_times_dense(start, stop, data, rows, starts, dense, product):
-    """Add ``X dense`` to ``product``, in its columns ``start`` to ``stop``; X is given column by column (CSC)."""
-    for j in range(dense.shape[0]):
-        source = dense[j, start:stop]
-        for k in range(starts[j], starts[j + 1]):
-            target, value = product[rows[k], start:stop], data[k]
-            for h in range(source.size):
-                target[h] += value * source[h]
+def order_by_column(data, indices, indptr, n_vars):
+    """Order the non-zeros of CSR rows by column: values, rows, and where each column begins."""
+    values, rows = np.empty_like(data), np.empty_like(indices)
+    # Counts two places on; summed, one place on is where the next non-zero of a column goes.
+    starts = np.zeros(n_vars + 2, indptr.dtype)
+    for k in range(indices.size):
+        starts[indices[k] + 2] += 1
+    for j in range(2, starts.size):
+        starts[j] += starts[j - 1]
+    for i in range(indptr.size - 1):
+        for k in range(indptr[i], indptr[i + 1]):
+            place = starts[indices[k] + 1]
+            starts[indices[k] + 1] = place + 1
+            rows[place], values[place] = i, data[k]
+    return values, rows, starts[:-1]
+
+
+@_compile
+def drop(values, bits, lowest, scale):
+    """Values times ``scale``, and zeros where ``bits`` are below ``lowest``."""
+    out, kept = np.empty_like(values), _F(scale)
+    for k in range(values.size):
+        out[k] = values[k] * (kept if bits[k] >= lowest else _F(0))
+    return out
+
+
+@numba.extending.intrinsic
+def _pointer(_, address):
+    to = numba.types.CPointer(numba.types.float32)
+    return to(address), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(to))
+
+
+@_inline
+def _floats(address, n):
+    """The float32 values at an address."""
+    return numba.carray(_pointer(address), n)  # type: ignore[call-arg]
+
+
+@_compile
+def count_steps(places):
+    """Add 1 to the steps of :func:`adamw`."""
+    for row in range(places.shape[0]):
+        _floats(places[row, 5], 1)[0] += _F(1)
+
+
+@_compile
+def adamw(start, stop, places, settings):
+    """One step of AdamW on the values ``start`` to ``stop`` of all parameters in a row.
+
+    A row of ``places`` for each parameter: number of values, and addresses of values, gradients, their means, their
+    mean squares, and the number of steps, this one included. Of ``settings``: learning rate, weight decay, two betas,
+    epsilon.
+    """
+    for row in range(places.shape[0]):
+        n = places[row, 0]
+        first, last = max(start, 0), min(stop, n)
+        start, stop = start - n, stop - n
+        if first >= last:
+            continue
+        lr, decay, beta, beta_square = settings[row, 0], settings[row, 1], settings[row, 2], settings[row, 3]
+        step, eps = np.float64(_floats(places[row, 5], 1)[0]), _F(settings[row, 4])
+        kept, rate = _F(1 - lr * decay), _F(lr / (1 - beta**step))
+        new, new_square, known_square = _F(1 - beta), _F(1 - beta_square), _F(beta_square)
+        correction = _F(1 / np.sqrt(1 - beta_square**step))
+        values = _floats(places[row, 1], n)[first:last]
+        grads = _floats(places[row, 2], n)[first:last]
+        means = _floats(places[row, 3], n)[first:last]
+        squares = _floats(places[row, 4], n)[first:last]
+        for i in range(values.size):
+            grad = grads[i]
+            mean = means[i] + new * (grad - means[i])
+            square = known_square * squares[i] + new_square * grad * grad
+            means[i], squares[i] = mean, square
+            values[i] = kept * values[i] - rate * mean / (np.sqrt(square) * correction + eps)

@@ -63,7 +63,7 @@ def compiled(mode: CompileMode = "auto", *, n_values: float = 0.0) -> Iterator[N
 
 def kernels(device: torch.device) -> ModuleType | None:
     """Return the compiled loops, if they are to be used on this device."""
-    return _load() if device.type == "cpu" and _active.get() else None
+    return loops() if device.type == "cpu" and _active.get() else None
 
 
 def share_out(function: Callable[[int, int], Any], n: int, n_values: int) -> list[Any]:
@@ -81,7 +81,7 @@ def _threads(n: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _load() -> ModuleType:
+def loops() -> ModuleType:
     """Load the compiled loops, or compile them, and say so."""
     with _lock:
         from cellstill.nn import _kernels
@@ -101,4 +101,9 @@ def _run_all(module: ModuleType) -> None:
         *(0, 1, True, row.copy(), one, one, row, row, np.zeros(1, np.int64), one, one, gene, starts),
         *(one.copy(), one.copy(), row.copy(), one.copy()),
     )
-    module.columns_times_dense(0, 1, one, gene, starts, row, row.copy())
+    module.order_by_column(one, gene, starts, 1)
+    module.order_by_column(one, gene.astype(np.int64), starts.astype(np.int64), 1)
+    module.drop(one, np.zeros(4, np.int16), 0, 1.0)
+    nothing = np.empty((0, 6), np.int64)
+    module.count_steps(nothing)
+    module.adamw(0, 1, nothing, np.empty((0, 5)))

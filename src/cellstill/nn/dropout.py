@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from cellstill.nn.compiled import kernels
+
 _LEVELS = 1 << 16
 
 
 def drop(values: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """Set values to zero with probability ``p`` and scale up the others, so that their expectation stays.
 
-    On the CPU four times as fast as torch's own, with ``p`` rounded to a multiple of 2^-16; elsewhere torch's own.
+    On the CPU several times as fast as torch's own, with ``p`` rounded to a multiple of 2^-16; elsewhere torch's own.
 
     Parameters
     ----------
@@ -27,5 +29,8 @@ def drop(values: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     if values.device.type != "cpu":
         return torch.nn.functional.dropout(values, p)
     bits = torch.empty(-(-len(values) // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: len(values)] >= n_dropped - _LEVELS // 2
-    return values * kept.mul(_LEVELS / (_LEVELS - n_dropped))
+    lowest, scale = n_dropped - _LEVELS // 2, _LEVELS / (_LEVELS - n_dropped)
+    loops = kernels(values.device)
+    if loops is not None and values.dtype == torch.float32 and not values.requires_grad:
+        return torch.from_numpy(loops.drop(values.numpy(), bits.numpy(), lowest, scale))
+    return values * (bits[: len(values)] >= lowest).mul(scale)

@@ -116,7 +116,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
             low, matrix = hidden.to(precision), weight.to(precision)
             filled = torch.empty_like(log_size), torch.empty_like(log_size)
             cells = _Cells(x, log_size.exp(), group, cell_weight, *filled)
-            genes = _Genes(bias, theta, torch.zeros_like(bias), torch.zeros_like(theta))
+            genes = _Genes(bias.detach(), theta.detach(), torch.zeros_like(bias), torch.zeros_like(theta))
             block = _rows_torch if kernels(hidden.device) is None else _rows_kernel
             grad_hidden, grad_weight = [], None
             step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // x.n_vars)
@@ -130,18 +130,24 @@ class _NegativeBinomialOutput(torch.autograd.Function):
                 if recorded and ctx.needs_input_grad[1]:
                     grad_weight = _add_product(grad_weight, logits.t(), low[rows])
             total = cells.value @ cell_weight
-        of_hidden = torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None
+        of_hidden = None
+        if grad_hidden:
+            of_hidden = (grad_hidden[0] if len(grad_hidden) == 1 else torch.cat(grad_hidden)).to(hidden.dtype)
         ctx.grads = (of_hidden, grad_weight, genes.grad_bias, cells.grad_size, genes.grad_theta)
         ctx.mark_non_differentiable(cells.value)
         return total, cells.value
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [
+        if ctx.grads is None:
+            raise RuntimeError("The gradients of negative_binomial_output are computed once, and were already used.")
+        # Left to autograd alone, which then need not copy them.
+        grads, ctx.grads = ctx.grads, None
+        scaled = [
             grad.mul_(outer[0]) if grad is not None and needed else None
-            for grad, needed in zip(ctx.grads, ctx.needs_input_grad[:5], strict=True)
+            for grad, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
         ]
-        return (*grads, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class _Cells(NamedTuple):
@@ -180,8 +186,8 @@ def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link)
     """Turn logits into their gradient, with the compiled loops."""
     loops = kernels(logits.device)
     assert loops is not None
-    inverse = genes.theta.detach().reciprocal().numpy()
-    bias, theta = genes.bias.detach().numpy(), genes.theta.detach().contiguous().numpy()
+    inverse = genes.theta.reciprocal().numpy()
+    bias, theta = genes.bias.numpy(), genes.theta.contiguous().numpy()
     size, weight, group = cells.size.detach().numpy(), cells.weight.detach().numpy(), cells.group.numpy()
     counts = cells.x.data.numpy(), cells.x.indices.int().numpy(), cells.x.indptr.int().numpy()
     filled = cells.value.numpy(), cells.grad_size.numpy()

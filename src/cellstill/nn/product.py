@@ -7,7 +7,7 @@ from typing import Any
 import scipy.sparse as sp
 import torch
 
-from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.compiled import kernels
 from cellstill.nn.sparse import CSRRows
 
 _LARGE = 1 << 20
@@ -39,15 +39,8 @@ def sparse_product(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: torch.Tensor, x: CSRRows, recorded: bool) -> torch.Tensor:
-        loops = kernels(matrix.device) if recorded and matrix.numel() > _LARGE else None
-        ctx.columns = columns = _columns(x) if recorded else ()
-        if loops is None:
-            return _weighted_sums(matrix, x.data, x.indices, x.indptr)
-        # The matrix is read once, from the first row to the last; the product stays in the cache.
-        product = matrix.new_zeros(x.n_rows, matrix.shape[1])
-        arrays = [part.numpy() for part in (*columns, matrix.detach().contiguous(), product)]
-        share_out(lambda a, b: loops.columns_times_dense(a, b, *arrays), matrix.shape[1], len(x.data) * matrix.shape[1])
-        return product
+        ctx.columns = _columns(x) if recorded else ()
+        return _weighted_sums(matrix, x.data, x.indices, x.indptr)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -65,6 +58,10 @@ def _weighted_sums(
 def _columns(x: CSRRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Order the non-zeros by column: data, rows, and where each column begins."""
     arrays = tuple(part.cpu().numpy() for part in (x.data, x.indices, x.indptr))
-    columns = sp.csr_matrix(arrays, shape=(x.n_rows, x.n_vars)).tocsc()
-    ordered = (columns.data, columns.indices, columns.indptr)
+    loops = kernels(x.data.device)
+    if loops is None:
+        columns = sp.csr_matrix(arrays, shape=(x.n_rows, x.n_vars)).tocsc()
+        ordered = (columns.data, columns.indices, columns.indptr)
+    else:
+        ordered = loops.order_by_column(*arrays, x.n_vars)
     return tuple(torch.from_numpy(part).to(x.data.device) for part in ordered)  # type: ignore[return-value]

@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import LightningModule
 
 from cellstill.errors import InvalidArgumentError, TrainingError
+from cellstill.nn.compiled import kernels
+from cellstill.train.adamw import CompiledAdamW, fits
 from cellstill.train.warmup import warmup_steps
 
 _GLOBAL_LR = 10.0
@@ -57,7 +59,8 @@ class Trainable(Protocol):
         """Loss of a minibatch: that of each cell, shape ``(n,)``, or a :class:`Loss`.
 
         A module with a prior declares a second argument, ``kl_weight``: the weight of the KL divergence from it, which
-        rises from 0 to 1 while training warms up, and is 1 in validation.
+        rises from 0 to 1 while training warms up, and is 1 in validation. One with penalties on the data as a whole
+        declares ``n_obs``: the number of training cells, by which they are divided.
         """
         ...
 
@@ -113,6 +116,9 @@ class Plan(LightningModule):
         latent; the warm-up always ends before training does (:func:`~cellstill.train.warmup.warmup_steps`). ``None``
         trains with weight 1 throughout.
 
+    n_obs
+        Number of training cells, for modules that ask for it; a Lightning ``Trainer``'s datamodule gives its own.
+
     Raises
     ------
     InvalidArgumentError
@@ -120,7 +126,13 @@ class Plan(LightningModule):
     """
 
     def __init__(
-        self, module: Any, *, lr: float = 1e-3, weight_decay: float = 0.0, kl_warmup: int | float | None = None
+        self,
+        module: Any,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        kl_warmup: int | float | None = None,
+        n_obs: int | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -129,7 +141,9 @@ class Plan(LightningModule):
         self.kl_warmup = kl_warmup
         self.sums = LossSums()
         self.n_warmup = 0
-        self._takes_kl_weight = "kl_weight" in inspect.signature(module.loss).parameters
+        self.n_obs = n_obs
+        arguments = inspect.signature(module.loss).parameters
+        self._takes_kl_weight, self._takes_n_obs = "kl_weight" in arguments, "n_obs" in arguments
         if kl_warmup is not None and not self._takes_kl_weight:
             raise InvalidArgumentError(
                 f"kl_warmup={kl_warmup!r} is given, but {type(module).__name__}.loss takes no kl_weight. Leave it out."
@@ -142,11 +156,10 @@ class Plan(LightningModule):
 
     def evaluate(self, batch: Mapping[str, torch.Tensor], step: int | None = None) -> Loss:
         """Loss of a minibatch at a step of training; without ``step``, as after the warm-up."""
+        asked: dict[str, Any] = {"n_obs": self.n_obs} if self._takes_n_obs else {}
         if self._takes_kl_weight:
-            weight = 1.0 if step is None or step >= self.n_warmup else step / self.n_warmup
-            loss = self.module.loss(batch, kl_weight=weight)
-        else:
-            loss = self.module.loss(batch)
+            asked["kl_weight"] = 1.0 if step is None or step >= self.n_warmup else step / self.n_warmup
+        loss = self.module.loss(batch, **asked)
         if isinstance(loss, Loss):
             return loss
         if loss.dim() != 1:
@@ -157,7 +170,7 @@ class Plan(LightningModule):
         return Loss(loss.mean(dtype=_at_least_float32(loss)), loss.detach(), len(loss))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Build a fused AdamW, with a group of its own for the global parameters."""
+        """Build an AdamW, with a group of its own for the global parameters; compiled where loops are to be."""
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trained:
             raise InvalidArgumentError(f"{type(self.module).__name__} has no parameter that requires a gradient.")
@@ -166,11 +179,16 @@ class Plan(LightningModule):
             {"params": list(trained.values()), "lr": self.lr, "weight_decay": self.weight_decay},
             {"params": list(apart.values()), "lr": _GLOBAL_LR * self.lr, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+        groups = [group for group in groups if group["params"]]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if kernels(parameters[0].device) is not None and all(map(fits, parameters)):
+            return CompiledAdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)
 
     def on_train_start(self) -> None:
         """Plan the warm-up of a ``Trainer``'s run."""
         steps = max(int(self.trainer.num_training_batches), 1)
+        self.n_obs = getattr(self.trainer.datamodule, "n_train", self.n_obs)
         self.plan_steps(max(int(self.trainer.estimated_stepping_batches) // steps, 1), steps)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
