@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cellstill.errors import InvalidArgumentError, check_option
 
-Background = Literal["free", "profile"]
+Background = Literal["free"]
 LatentMode = Literal["concatenation", "weighted_mean", "single_encoder"]
 
 
@@ -25,7 +25,7 @@ class ModalityConfig:
     n_latent
         Dimensions of z that its encoder makes.
     background
-        ``"free"``, ``"profile"`` (:class:`~cellstill.vi.background.Background`) or ``None`` for none.
+        ``"free"`` (:class:`~cellstill.vi.parts.Background`), or ``None`` for none.
     feature_scaling
         Features have a multiplicative factor.
     likelihood
@@ -49,7 +49,7 @@ class ModalityConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
         if self.background is not None:
-            check_option("background", self.background, ("free", "profile"))
+            check_option("background", self.background, ("free",))
         check_option("likelihood", self.likelihood, ("negative_binomial", "poisson"))
         if not self.sensitivity > 0:
             raise InvalidArgumentError(f"sensitivity={self.sensitivity!r} has to be above 0.")
