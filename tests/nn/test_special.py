@@ -9,7 +9,6 @@ from cellstill.nn.special import (
     digamma_difference,
     digamma_excess,
     log1p_excess,
-    log_factorial,
     log_rising_factorial,
     stirling_error,
 )
@@ -71,13 +70,6 @@ def test_stirling_error(dtype, bound):
     ]
     # Absolute, as it is added to log-probabilities.
     assert_near(stirling_error(z), truth, bound, floor=1)
-
-
-@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
-def test_log_factorial(dtype, bound):
-    x = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 10.0, 1023.0, 1024.0, 1e6], dtype=dtype)
-    truth = [mpmath.loggamma(v + 1) for v in map(mpmath.mpf, x.tolist())]
-    assert_near(log_factorial(x), truth, bound, floor=1)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)

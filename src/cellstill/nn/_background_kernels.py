@@ -13,12 +13,9 @@ def _means(row, bias, background, amount, scaling, slope, share):
     """``(softplus(logits + bias) + amount * background) * scaling`` in place.
 
     ``slope`` gets the derivative of its logarithm in the logit, ``share`` that in the logarithm of the background.
-    Returns 0, or NaN if a logit is NaN or infinite.
     """
-    poison = _F(0)
     for j in range(row.size):
         logit = row[j] + bias[j]
-        poison += logit - logit
         t = _exp(-abs(logit))
         native = max(logit, _F(0)) + _log1p(t)
         added = amount * background[j]
@@ -26,7 +23,6 @@ def _means(row, bias, background, amount, scaling, slope, share):
         slope[j] = (_F(1) if logit >= _F(0) else t) / (_F(1) + t) * inverse
         share[j] = added * inverse
         row[j] = (native + added) * scaling[j]
-    return poison
 
 
 @_compile
@@ -70,8 +66,8 @@ def background_rows(
     for i in range(start, stop):
         row, own, grad_own, w = logits[i], theta[group[i]], grad_theta[group[i]], weight[i]
         of_background, of_scaling = grad_background[background_group[i]], grad_scaling[scaling_group[i]]
-        poison = _means(row, bias, background[background_group[i]], amount[i], scaling[scaling_group[i]], slope, share)
-        total, common = _zeros(row, size[i] + poison, own, inverse_theta[group[i]], w, grads, grad_own)
+        _means(row, bias, background[background_group[i]], amount[i], scaling[scaling_group[i]], slope, share)
+        total, common = _zeros(row, size[i], own, inverse_theta[group[i]], w, grads, grad_own)
 
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
         genes, counts = indices[first : first + n_counts], data[first : first + n_counts]

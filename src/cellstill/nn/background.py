@@ -12,7 +12,7 @@ from cellstill.errors import InvalidArgumentError
 from cellstill.nn.compiled import kernels, share_out
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
-from cellstill.nn.special import digamma_difference, log_factorial, log_rising_factorial
+from cellstill.nn.special import digamma_difference, log_rising_factorial
 
 _CACHED = 1 << 18
 """Entries over which torch's operations stay in the cache of a core."""
@@ -225,7 +225,7 @@ class _Background:
         group = self.theta.group[rows][cell]
         theta_at, mean_at = self.theta.values[group, x.indices], means.view(-1)[where]
         rest = x.data / (theta_at + mean_at)
-        term = log_rising_factorial(x.data, theta_at) - log_factorial(x.data)
+        term = log_rising_factorial(x.data, theta_at).sub_(torch.lgamma(x.data + 1))
         term += x.data * (mean_at / (theta_at + mean_at)).log()
         self.value[rows] = value + x.sum_rows(term)
         grads.view(-1).index_add_(0, where, rest * theta_at)

@@ -91,16 +91,22 @@ class _FusedOutput(torch.autograd.Function):
                 if recorded and ctx.needs_input_grad[1]:
                     grad_weight = _add_product(grad_weight, logits.t(), low[rows])
             total = likelihood.value @ likelihood.weight
-        of_hidden = torch.cat(grad_hidden).to(hidden.dtype) if grad_hidden else None
+        of_hidden = None
+        if grad_hidden:
+            of_hidden = (grad_hidden[0] if len(grad_hidden) == 1 else torch.cat(grad_hidden)).to(hidden.dtype)
         ctx.grads = (of_hidden, grad_weight, None, None, *(likelihood.gradients() if recorded else ()))
         ctx.mark_non_differentiable(likelihood.value)
         return total, likelihood.value
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("The gradients of fused_output are computed once, and were already used.")
+        # Left to autograd alone, which then need not copy them.
+        grads, ctx.grads = ctx.grads, None
         return tuple(
             grad.mul_(outer[0]) if grad is not None and needed else None
-            for grad, needed in zip(ctx.grads, ctx.needs_input_grad, strict=True)
+            for grad, needed in zip(grads, ctx.needs_input_grad, strict=True)
         )
 
 

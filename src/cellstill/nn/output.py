@@ -10,7 +10,7 @@ import torch
 from cellstill.errors import InvalidArgumentError, check_option
 from cellstill.nn.compiled import kernels, share_out
 from cellstill.nn.sparse import CSRRows
-from cellstill.nn.special import digamma_difference, log_factorial, log_rising_factorial
+from cellstill.nn.special import digamma_difference, log_rising_factorial
 
 Link = Literal["softmax", "softplus"]
 
@@ -116,7 +116,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
             low, matrix = hidden.to(precision), weight.to(precision)
             filled = torch.empty_like(log_size), torch.empty_like(log_size)
             cells = _Cells(x, log_size.exp(), group, cell_weight, *filled)
-            genes = _Genes(bias.detach(), theta.detach(), torch.zeros_like(bias), torch.zeros_like(theta))
+            genes = _Genes(bias.detach(), theta.detach().contiguous(), torch.zeros_like(bias), torch.zeros_like(theta))
             block = _rows_torch if kernels(hidden.device) is None else _rows_kernel
             grad_hidden, grad_weight = [], None
             step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // x.n_vars)
@@ -237,16 +237,16 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Lin
         genes.grad_theta.index_add_(0, cells.group, share.mul_(weight))
 
     rows = x.row_of_nonzeros()
-    where = rows * x.n_vars + x.indices
-    groups = torch.zeros_like(rows) if one_group else cells.group[rows]
-    theta_at, mean_at = genes.theta[groups, x.indices], means.view(-1)[where]
-    rest = x.data / (theta_at + mean_at)
-    value = log_rising_factorial(x.data, theta_at) - log_factorial(x.data)
-    value += x.data * (mean_at / (theta_at + mean_at)).log()
-    cells.value.add_(x.sum_rows(value))
+    where = torch.add(x.indices, rows, alpha=x.n_vars)
+    grouped = x.indices if one_group else torch.add(x.indices, cells.group.index_select(0, rows), alpha=x.n_vars)
+    theta_at, mean_at = genes.theta.view(-1).index_select(0, grouped), means.view(-1).index_select(0, where)
+    spread = 1 / (theta_at + mean_at)
+    value = log_rising_factorial(x.data, theta_at).sub_(torch.lgamma(x.data + 1))
+    cells.value.add_(x.sum_rows(value.addcmul_(x.data, (mean_at * spread).log_())))
+    rest = spread.mul_(x.data)
     grads.view(-1).index_add_(0, where, rest * theta_at)
-    at_theta = (digamma_difference(x.data, theta_at) - rest).mul_(cells.weight[rows])
-    genes.grad_theta.view(-1).index_add_(0, groups * x.n_vars + x.indices, at_theta)
+    at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(cells.weight.index_select(0, rows))
+    genes.grad_theta.view(-1).index_add_(0, grouped, at_theta)
 
     common = grads.sum(dim=1)
     cells.grad_size.copy_(common * cells.weight)

@@ -7,8 +7,6 @@ of branches, which cost more on a CPU than what they save. None waits for the de
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 # Arguments are raised by a shift to where a polynomial in their inverse square holds; the first coefficients, and in
@@ -64,12 +62,6 @@ def digamma_excess(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     # log(1 + x / start) - log(1 + x / theta). The bound acts where the remainder, 1 / theta, is far larger.
     raised = (x * u / (x + theta)).mul_(-shift).clamp_(min=torch.finfo(theta.dtype).eps - 1).log1p_()
     return raised.add_(_digamma_remainder(x, theta, u, 1 / (start + x)))
-
-
-def log_factorial(x: torch.Tensor) -> torch.Tensor:
-    """``lgamma(x + 1)`` for ``x >= 0``, to a few roundings of the larger of 1 and itself."""
-    end = x + 1
-    return end.log().mul_(x + 0.5).sub_(end).add_(stirling_error(end)).add_(0.5 * math.log(2 * math.pi))
 
 
 def stirling_error(z: torch.Tensor) -> torch.Tensor:
