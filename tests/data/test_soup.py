@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.special import softmax
 
 from cellstill.data import simulate_counts
-from cellstill.data.soup import add_soup, expected_native
+from cellstill.data.soup import add_soup, draw_native, expected_native
 from cellstill.errors import InvalidArgumentError, InvalidCountsError
 
 RATES = [0.05, 0.1, 0.2]
@@ -175,3 +175,29 @@ def test_expected_native_keeps_its_shape_and_never_exceeds_the_count():
     assert found.shape == x.shape
     assert np.isfinite(found).all()
     assert ((found >= 0) & (found <= x)).all()
+
+
+@pytest.mark.parametrize("theta", [0.3, np.inf])
+@pytest.mark.parametrize(("x", "native", "soup"), [(6, 2.0, 1.5), (1, 0.01, 0.02), (300, 150.0, 90.0)])
+def test_draws_of_the_native_part_follow_the_posterior(x, native, soup, theta):
+    k = np.arange(x + 1)
+    if np.isinf(theta):
+        log_native = stats.poisson.logpmf(x - k, native)
+    else:
+        log_native = stats.nbinom.logpmf(x - k, theta, theta / (theta + native))
+    posterior = softmax(log_native + stats.poisson.logpmf(k, soup))
+    n = 20_000
+    drawn = draw_native(np.full(n, x), np.full(n, native), np.full(n, soup), theta, np.random.default_rng(0))
+    observed = np.bincount((x - drawn).astype(int), minlength=x + 1)
+    # Neighbouring values that expect fewer than 10 draws are counted together.
+    bins = np.floor(np.minimum(np.cumsum(posterior) * n, n - 1e-6) / 50).astype(int)
+    seen, expected = np.bincount(bins, observed), np.bincount(bins, posterior * n)
+    assert stats.chisquare(seen[expected > 0], expected[expected > 0] * seen.sum() / expected.sum()).pvalue > 1e-4
+
+
+def test_draws_at_the_edges():
+    x = np.array([0, 3, 3, 3, 3000])
+    native, soup = np.array([1, 0, 1, 0, 1e-3]), np.array([1, 1, 0, 0, 2500.0])
+    drawn = draw_native(x, native, soup, 2.0, np.random.default_rng(0))
+    np.testing.assert_array_equal(drawn[:4], [0, 0, 3, 3])
+    assert 0 <= drawn[4] <= 3000

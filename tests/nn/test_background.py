@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -162,6 +164,43 @@ def test_what_is_not_finite_shows(where):
     parameters[where].view(-1)[3] = torch.nan
     total, _, _ = evaluate(counts, parameters, groups)
     assert not torch.isfinite(total)
+
+
+@pytest.mark.parametrize("theta", [1e-4, 1.0, 1e3, 1e8])
+@pytest.mark.parametrize("log_mean", [-27.0, -5.0, 0.0, 5.0, 10.0])
+def test_extreme_means_and_dispersions(log_mean, theta):
+    """Two genes of equal mean, counts of 0 to 3,000."""
+    counts = np.array([[0, 1], [2, 10], [300, 0], [3000, 3000]])
+    zero = torch.zeros
+    parameters = {
+        "hidden": zero(4, 1),
+        "weight": zero(2, 1),
+        "bias": zero(2),
+        "log_size": torch.full((4,), log_mean - math.log(math.log(2))),
+        "theta": torch.full((1, 2), theta),
+    }
+    _, value, found = evaluate(counts, parameters, {"theta": torch.zeros(4, dtype=torch.int64)})
+    x, t = torch.from_numpy(counts).double(), torch.full((4, 2), theta, dtype=torch.float64).requires_grad_()
+    logits = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    mean = torch.nn.functional.softplus(logits) * parameters["log_size"].double().exp()[:, None]
+    terms = torch.lgamma(x + t) - torch.lgamma(t) - torch.lgamma(x + 1)
+    terms = (terms + t * (t / (t + mean)).log() + torch.special.xlogy(x, mean / (t + mean))).sum(dim=1)
+    terms.sum().backward()
+    # A count far from its mean is a sum of terms as large as x log(mean / x).
+    np.testing.assert_allclose(value, terms.detach(), rtol=3e-6, atol=3e-6 * 3000 * 10)
+    np.testing.assert_allclose(found["bias"], logits.grad.sum(dim=0), rtol=1e-4, atol=1e-6 * 6000)
+    # Towards Poisson its gradient vanishes against terms as large as x / theta.
+    np.testing.assert_allclose(found["theta"][0] * theta, t.grad.sum(dim=0) * theta, rtol=1e-4, atol=3e-6 * 6000)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf], ids=["nan", "negative_nan", "inf"])
+@pytest.mark.parametrize("gene", [0, N_VARS // 2, N_VARS - 1])
+def test_a_single_logit_that_is_not_finite_shows(bad, gene):
+    """In vector instructions as in what is left over."""
+    counts, parameters, groups = make()
+    counts[:, gene] = 0
+    parameters["bias"][gene] = bad
+    assert not torch.isfinite(evaluate(counts, parameters, groups)[1]).any()
 
 
 def test_group_of_another_length_is_refused():

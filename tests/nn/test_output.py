@@ -24,7 +24,7 @@ def rows(counts) -> CSRRows:
     return CSRRows(*(torch.from_numpy(part) for part in (counts.data, counts.indices, counts.indptr)), counts.shape[1])
 
 
-def make(n=37, n_vars=53, n_hidden=8, n_groups=1, seed=0, link="softmax"):
+def make(n=37, n_vars=53, n_hidden=8, n_groups=1, seed=0):
     """Counts drawn from the model itself, and its parameters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -32,10 +32,10 @@ def make(n=37, n_vars=53, n_hidden=8, n_groups=1, seed=0, link="softmax"):
         return scale * torch.randn(*shape, generator=generator)
 
     hidden, weight, bias = normal(n, n_hidden), normal(n_vars, n_hidden, scale=0.5), normal(n_vars)
-    log_size = normal(n, scale=0.5) + (math.log(n_vars) if link == "softmax" else 0.0)
+    log_size = normal(n, scale=0.5) + math.log(n_vars)
     theta = normal(n_groups, n_vars).exp()
     group = torch.arange(n) % n_groups
-    mean = means(hidden, weight, bias, log_size, link).double()
+    mean = means(hidden, weight, bias, log_size).double()
     theta_of_cells = theta[group].double().numpy()
     counts = np.random.default_rng(seed).negative_binomial(
         theta_of_cells, theta_of_cells / (theta_of_cells + mean.numpy())
@@ -43,16 +43,14 @@ def make(n=37, n_vars=53, n_hidden=8, n_groups=1, seed=0, link="softmax"):
     return counts, (hidden, weight, bias, log_size, theta[0] if n_groups == 1 else theta), group
 
 
-def means(hidden, weight, bias, log_size, link):
-    logits = hidden @ weight.T + bias
-    shape = torch.softmax(logits, dim=1) if link == "softmax" else torch.nn.functional.softplus(logits)
-    return log_size.exp()[:, None] * shape
+def means(hidden, weight, bias, log_size):
+    return log_size.exp()[:, None] * torch.softmax(hidden @ weight.T + bias, dim=1)
 
 
-def reference(counts, parameters, group, link, cell_weight):
+def reference(counts, parameters, group, cell_weight):
     """Values and gradients by autograd, in float64, with the whole array of means."""
     parameters = [p.double().clone().requires_grad_() for p in parameters]
-    mean = means(*parameters[:4], link)
+    mean = means(*parameters[:4])
     theta = parameters[4] if parameters[4].ndim == 1 else parameters[4][group]
     x = torch.from_numpy(np.asarray(counts, dtype=np.float64))
     terms = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
@@ -66,7 +64,7 @@ def reference(counts, parameters, group, link, cell_weight):
     return value.detach().numpy(), [p.grad for p in parameters]
 
 
-def evaluate(counts, parameters, group, link, cell_weight, scale=1.0):
+def evaluate(counts, parameters, group, cell_weight, scale=1.0):
     parameters = [p.clone().requires_grad_() for p in parameters]
     chosen = None if parameters[4].ndim == 1 else group
     total, value = negative_binomial_output(
@@ -76,7 +74,6 @@ def evaluate(counts, parameters, group, link, cell_weight, scale=1.0):
         parameters[4],
         group=chosen,
         cell_weight=cell_weight,
-        link=link,
     )
     (scale * total).backward()
     return total.detach(), value, [p.grad for p in parameters]
@@ -89,12 +86,11 @@ def mode(request):
 
 
 @pytest.mark.parametrize("n_groups", [1, 3], ids=["theta_per_gene", "theta_per_gene_and_group"])
-@pytest.mark.parametrize("link", ["softmax", "softplus"])
-def test_values_and_gradients_are_those_of_the_distribution(link, n_groups):
-    counts, parameters, group = make(n_groups=n_groups, link=link)
+def test_values_and_gradients_are_those_of_the_distribution(n_groups):
+    counts, parameters, group = make(n_groups=n_groups)
     cell_weight = torch.linspace(0.1, 2, len(counts))
-    expected, grads = reference(counts, parameters, group, link, cell_weight)
-    total, value, found = evaluate(counts, parameters, group, link, cell_weight)
+    expected, grads = reference(counts, parameters, group, cell_weight)
+    total, value, found = evaluate(counts, parameters, group, cell_weight)
     np.testing.assert_allclose(value, expected, rtol=5e-6)  # terms of lgamma(x) round by 1e-5
     assert float(total) == pytest.approx(float(expected @ cell_weight.double().numpy()), rel=5e-6)
     for name, grad, true in zip(NAMES, found, grads, strict=True):
@@ -104,11 +100,11 @@ def test_values_and_gradients_are_those_of_the_distribution(link, n_groups):
 def test_blocks_of_cells_do_not_matter(monkeypatch):
     counts, parameters, group = make(n=40)
     ones = torch.ones(40)
-    whole = evaluate(counts, parameters, group, "softmax", ones)
+    whole = evaluate(counts, parameters, group, ones)
     for size in (1, 53 * 7, 53 * 39):
         monkeypatch.setitem(output._BLOCK, "cpu", size)
         monkeypatch.setattr(output, "_CACHED", max(1, size // 2))
-        total, value, grads = evaluate(counts, parameters, group, "softmax", ones)
+        total, value, grads = evaluate(counts, parameters, group, ones)
         np.testing.assert_allclose(total, whole[0], rtol=1e-6)
         np.testing.assert_allclose(value, whole[1], rtol=1e-5)
         for name, grad, other in zip(NAMES, grads, whole[2], strict=True):
@@ -119,13 +115,13 @@ def test_blocks_of_cells_do_not_matter(monkeypatch):
 def test_threads_share_the_cells(monkeypatch, n_threads):
     counts, parameters, group = make(n=41, n_groups=2)
     ones = torch.ones(41)
-    alone = evaluate(counts, parameters, group, "softmax", ones)
+    alone = evaluate(counts, parameters, group, ones)
     monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        shared = evaluate(counts, parameters, group, "softmax", ones)
-        again = evaluate(counts, parameters, group, "softmax", ones)
+        shared = evaluate(counts, parameters, group, ones)
+        again = evaluate(counts, parameters, group, ones)
     finally:
         torch.set_num_threads(before)
     np.testing.assert_allclose(shared[1], alone[1], rtol=1e-6)
@@ -136,15 +132,14 @@ def test_threads_share_the_cells(monkeypatch, n_threads):
 
 @pytest.mark.parametrize("theta", [1e-4, 1e-2, 1.0, 1e3, 1e6, 1e8])
 @pytest.mark.parametrize("log_mean", [-27.0, -5.0, 0.0, 5.0, 10.0])
-@pytest.mark.parametrize("link", ["softmax", "softplus"])
-def test_extreme_means_and_dispersions(link, log_mean, theta):
+def test_extreme_means_and_dispersions(log_mean, theta):
     """Two genes of equal mean, counts of 0 to 3,000."""
     counts = np.array([[0, 1], [2, 10], [300, 0], [3000, 3000]])
-    log_size = torch.full((4,), log_mean + (math.log(2) if link == "softmax" else -math.log(math.log(2))))
+    log_size = torch.full((4,), log_mean + math.log(2))
     zero = torch.zeros
     parameters = zero(4, 1), zero(2, 1), zero(2), log_size, torch.full((2,), theta)
-    expected, grads = reference(counts, parameters, None, link, torch.ones(4))
-    _, value, found = evaluate(counts, parameters, None, link, torch.ones(4))
+    expected, grads = reference(counts, parameters, None, torch.ones(4))
+    _, value, found = evaluate(counts, parameters, None, torch.ones(4))
     # A count far from its mean is a sum of terms as large as x log(mean / x).
     np.testing.assert_allclose(value, expected, rtol=3e-6, atol=3e-6 * 3000 * 10)
     for name, grad, true in zip(NAMES, found, grads, strict=True):
@@ -164,8 +159,8 @@ def test_explicit_zeros_and_empty_cells():
     values = np.concatenate([stored.data, np.zeros(empty.shape[1])])
     explicit = sp.csr_matrix((values, positions), shape=stored.shape)
     assert explicit.nnz > stored.nnz
-    first = evaluate(stored, parameters, group, "softmax", torch.ones(5))
-    second = evaluate(explicit, parameters, group, "softmax", torch.ones(5))
+    first = evaluate(stored, parameters, group, torch.ones(5))
+    second = evaluate(explicit, parameters, group, torch.ones(5))
     np.testing.assert_allclose(first[1], second[1], rtol=1e-6)
     for grad, other in zip(first[2], second[2], strict=True):
         np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-6)
@@ -173,8 +168,8 @@ def test_explicit_zeros_and_empty_cells():
 
 def test_the_outer_gradient_scales_all_gradients():
     counts, parameters, group = make()
-    one = evaluate(counts, parameters, group, "softmax", torch.ones(37))
-    third = evaluate(counts, parameters, group, "softmax", torch.ones(37), scale=1 / 3)
+    one = evaluate(counts, parameters, group, torch.ones(37))
+    third = evaluate(counts, parameters, group, torch.ones(37), scale=1 / 3)
     for grad, other in zip(one[2], third[2], strict=True):
         np.testing.assert_allclose(grad / 3, other, rtol=1e-6, atol=1e-7)
 
@@ -193,11 +188,10 @@ def test_only_what_is_needed_gets_a_gradient():
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("link", ["softmax", "softplus"])
-def test_what_is_not_finite_shows(link, bad):
-    counts, (hidden, weight, bias, log_size, theta), _ = make(link=link)
+def test_what_is_not_finite_shows(bad):
+    counts, (hidden, weight, bias, log_size, theta), _ = make()
     hidden[3, 0] = bad
-    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta, link=link)
+    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
     finite = torch.isfinite(value)
     assert not finite[3]
     assert finite.sum() == 36
@@ -205,9 +199,9 @@ def test_what_is_not_finite_shows(link, bad):
 
 def test_bfloat16_products_stay_close(mode):
     counts, parameters, group = make(n=64, n_vars=200)
-    exact = evaluate(counts, parameters, group, "softmax", torch.ones(64))
+    exact = evaluate(counts, parameters, group, torch.ones(64))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = evaluate(counts, parameters, group, "softmax", torch.ones(64))
+        low = evaluate(counts, parameters, group, torch.ones(64))
     assert low[0].dtype == torch.float32
     assert float(low[0]) == pytest.approx(float(exact[0]), rel=2e-3)
     for name, grad, other in zip(NAMES, low[2], exact[2], strict=True):
@@ -238,9 +232,8 @@ def test_gradient_descent_finds_the_dispersion():
         ({"log_size": torch.zeros(37, 1)}, r"log_size has shape \(37, 1\); \(37,\) is needed"),
         ({"theta": torch.zeros(2, 53)}, r"theta has shape \(2, 53\); \(1, 53\) is needed"),
         ({"group": torch.zeros(3, dtype=torch.int64)}, r"group has shape \(3,\); \(37,\) is needed"),
-        ({"link": "exp"}, "link='exp' is not known. Use one of: 'softmax', 'softplus'"),
     ],
-    ids=["bias", "hidden", "weight", "log_size", "theta_without_group", "group", "link"],
+    ids=["bias", "hidden", "weight", "log_size", "theta_without_group", "group"],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     counts, parameters, _ = make()
@@ -250,14 +243,13 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf], ids=["nan", "negative_nan", "inf"])
-@pytest.mark.parametrize("link", ["softmax", "softplus"])
 @pytest.mark.parametrize("gene", [0, 7, 31, 52])
-def test_a_single_logit_that_is_not_finite_shows(link, bad, gene):
+def test_a_single_logit_that_is_not_finite_shows(bad, gene):
     """In vector instructions as in what is left over."""
-    counts, (hidden, weight, bias, log_size, theta), _ = make(link=link)
+    counts, (hidden, weight, bias, log_size, theta), _ = make()
     counts[:, gene] = 0
     bias[gene] = bad
-    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta, link=link)
+    _, value = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
     assert not torch.isfinite(value).any()
 
 

@@ -132,14 +132,6 @@ def test_as_a_density_of_x_the_background_would_vanish():
     assert (log_b.grad < 0).all()
 
 
-def test_normal_and_laplace_are_scipys():
-    x = np.linspace(-3, 3, 7)
-    np.testing.assert_allclose(priors.normal(tensor(*x), 0.2), stats.norm(0, 0.2**-0.5).logpdf(x), rtol=1e-12)
-    np.testing.assert_allclose(priors.laplace(tensor(*x), 5.0), stats.laplace(0, 0.2).logpdf(x), rtol=1e-12)
-    per_column = priors.normal(tensor(*x)[:, None], tensor(0.5, 2.0))
-    assert per_column.shape == (7, 2)
-
-
 # Dispersion.
 
 
@@ -298,8 +290,6 @@ def real(*shape):
     ("function", "arguments"),
     [
         (priors.normal_kl, lambda: (real(3, 2), positive(3, 2), real(3, 1), positive(3, 1))),
-        (priors.normal, lambda: (real(3), positive(1))),
-        (priors.laplace, lambda: (real(3), positive(1))),
         (priors.gamma, lambda: (real(3), positive(1), positive(1))),
         (priors.gamma_of_log, lambda: (real(3), positive(1), positive(1))),
         (priors.containment_kl, lambda: (real(2, 3), positive(2, 3), real(2, 1))),
@@ -319,8 +309,6 @@ def test_values_keep_the_precision_of_their_argument(dtype):
     x = torch.full((2, 3), 0.5, dtype=dtype)
     for value in (
         priors.normal_kl(x, x),
-        priors.normal(x, 0.2),
-        priors.laplace(x, 0.2),
         priors.gamma(x, 9, 3),
         priors.gamma_of_log(x, 1.0, 100.0),
         priors.containment_kl(x, x, x),

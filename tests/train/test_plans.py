@@ -57,6 +57,26 @@ def test_a_module_without_anything_to_train_is_refused(new_line, data, loaders):
         fit(new_line().requires_grad_(False), *loaders(data), max_epochs=1, accelerator="cpu")
 
 
+def test_parameters_learn_at_rates_of_their_own(new_line, data, loaders):
+    class WithGlobal(new_line):
+        global_parameters = frozenset({"linear.bias"})
+
+    def rates(**settings):
+        module = WithGlobal()
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = Plan(module, lr=0.1, weight_decay=0.5, **settings).configure_optimizers().param_groups
+        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert rates() == {"linear.weight": (0.1, 0.5), "linear.bias": (1.0, 0.0)}
+    found = rates(own_lr={"linear.weight": 0.0, "linear.bias": 0.02})
+    assert found == {"linear.weight": (0.0, 0.5), "linear.bias": (pytest.approx(0.2), 0.0)}
+    module = WithGlobal()
+    start = copy.deepcopy(module)
+    fit(module, *loaders(data), max_epochs=2, lr=0.1, own_lr={"linear.weight": 0.0}, accelerator="cpu")
+    assert torch.equal(module.linear.weight, start.linear.weight)
+    assert not torch.equal(module.linear.bias, start.linear.bias)
+
+
 def test_sums_are_kept_in_float64():
     sums = LossSums()
     for _ in range(1000):

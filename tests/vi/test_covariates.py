@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
-from cellstill.vi.covariates import CovariateKeys, check_nested, combinations
+from cellstill.vi.covariates import CovariateKeys, check_nested
 
 resolve = CovariateKeys.resolve
 
@@ -184,30 +184,3 @@ def test_nesting_counts_the_libraries_that_are_split():
     with pytest.raises(InvalidArgumentError, match=r"library 'a' has cells in \['p', 'q'\], and so have 1 others"):
         check_nested(obs, "library", "dataset")
     check_nested(obs.iloc[[0, 2, 4]], "library", "dataset")
-
-
-# Combinations.
-
-
-def test_combinations_are_those_that_occur_and_each_cell_finds_its_own():
-    rng = np.random.default_rng(0)
-    codes = {"a": rng.integers(0, 4, 50), "b": rng.integers(0, 3, 50), "c": np.zeros(50, dtype=int)}
-    table, row = combinations(codes, ["b", "a"])
-    np.testing.assert_array_equal(table[row], np.column_stack([codes["b"], codes["a"]]))
-    assert len(np.unique(table, axis=0)) == len(table) == len(set(zip(codes["a"], codes["b"], strict=True)))
-    assert table.dtype == row.dtype == np.int64
-
-
-def test_no_keys_are_one_combination():
-    table, row = combinations({"a": np.arange(5)}, [])
-    assert table.shape == (1, 0)
-    np.testing.assert_array_equal(row, np.zeros(5))
-
-
-def test_known_combinations_keep_their_rows_and_new_ones_follow():
-    known, _ = combinations({"a": np.array([2, 0, 2]), "b": np.array([1, 1, 0])}, ["a", "b"])
-    codes = {"a": np.array([1, 2, 0, 1]), "b": np.array([1, 1, 1, 0])}
-    table, row = combinations(codes, ["a", "b"], known)
-    np.testing.assert_array_equal(table[: len(known)], known)
-    np.testing.assert_array_equal(table[row], np.column_stack([codes["a"], codes["b"]]))
-    assert len(table) == len(known) + 2

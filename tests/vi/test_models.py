@@ -14,12 +14,14 @@ import scipy.sparse as sp
 import torch
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
-from cellstill.errors import CellstillError, InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.data.soup import expected_native
+from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
 
 mpl.use("Agg")
 
 N, N_GENES, N_PEAKS = 90, 40, 30
-SMALL = {"n_hidden": 16, "n_latent": 4}
+# Too few counts to tell the rate of ambient RNA.
+SMALL = {"n_hidden": 16, "n_latent": 4, "ambient_rate": 0.1}
 
 
 def make(n_vars=N_GENES, prefix="g", seed=0):
@@ -73,11 +75,11 @@ def test_expression_sums_to_the_library_size_and_two_calls_agree(rna):
 def test_background_is_what_is_added_to_native_expression(rna):
     native = rna.get_normalized_expression(library_size="latent", return_numpy=True)
     whole = rna.get_normalized_expression(library_size="latent", include_background=True, return_numpy=True)
-    size = rna.get_latent_library_size()
     profile = rna.get_ambient_profile()
     np.testing.assert_allclose(profile.sum(axis=1), 1.0, rtol=1e-6)
     assert list(profile.index) == ["a", "b", "c"]
-    added = (whole - native) / size
+    total = np.asarray(rna.adata.X.sum(axis=1))
+    added = (whole - native) / total
     lanes = rna.adata.obs["lane"].to_numpy()
     for lane in "abc":
         own = added[lanes == lane]
@@ -97,13 +99,29 @@ def test_denoised_counts_never_exceed_the_observed(rna):
     assert 0 < expected.sum() < observed.sum()
     np.testing.assert_allclose(drawn.sum(), expected.sum(), rtol=0.05)
     assert (drawn != rna.get_denoised_counts(integer=True, batch_size=7)).nnz <= 2  # rounding may move a draw
-    share = expected[5, :].toarray()[0] / np.maximum(observed[5, :].toarray()[0], 1)
+    seen = observed[5, :].toarray()[0]
     native = rna.get_normalized_expression(indices=[5], library_size="latent", return_numpy=True)[0]
     both = rna.get_normalized_expression(
         indices=[5], library_size="latent", include_background=True, return_numpy=True
     )[0]
-    has = observed[5, :].toarray()[0] > 0
-    np.testing.assert_allclose(share[has], (native / both)[has], rtol=1e-4)
+    lane = rna.adata.obs["lane"].astype("category").cat.codes.iloc[5]
+    theta = rna.module.modalities[0].dispersion.mean[lane].exp().detach().numpy()
+    by_bayes = expected_native(seen, native, both - native, theta)
+    np.testing.assert_allclose(expected[5, :].toarray()[0], by_bayes, rtol=1e-3, atol=1e-5)
+
+
+def test_a_free_background_takes_its_share_of_the_counts():
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, background="free", n_hidden=16, n_latent=4).train(max_epochs=1)
+    denoised = model.get_denoised_counts(indices=[5]).toarray()[0]
+    native = model.get_normalized_expression(indices=[5], library_size="latent", return_numpy=True)[0]
+    both = model.get_normalized_expression(
+        indices=[5], library_size="latent", include_background=True, return_numpy=True
+    )[0]
+    np.testing.assert_allclose(denoised, adata.X[5, :].toarray()[0] * native / both, rtol=1e-4)
+    with pytest.raises(InvalidArgumentError, match="no rate"):
+        model.get_ambient_rate()
 
 
 def test_decoding_as_a_category_puts_all_cells_in_it(rna):
@@ -151,8 +169,8 @@ def test_attribution_is_the_derivative_of_the_expected_counts(which, request):
             derivative = []
             for j in range(z.shape[1]):
                 step = torch.zeros_like(z)
-                step[:, j] = 1e-3
-                derivative.append(((mean(z + step) - mean(z - step)) / 2e-3).detach())
+                step[:, j] = 1e-6
+                derivative.append(((mean(z + step) - mean(z - step)) / 2e-6).detach())
             derivative = torch.stack(derivative, dim=2)
             np.testing.assert_allclose(one.attribution, derivative.abs().mean(dim=1), rtol=1e-3, atol=1e-5)
             for block, norm in one.block_norm.items():
@@ -209,7 +227,8 @@ def test_published_quick_starts_run(caplog):
     AmbientRegularizedSCVI.setup_anndata(
         adata, layer="counts", batch_key="lane", nn_conditioning_covariate_keys=["site"]
     )
-    model = AmbientRegularizedSCVI(adata, n_hidden=16, n_layers=1, n_latent=8)
+    with pytest.warns(CellstillWarning, match="not identified in 3 of 3 batches"):
+        model = AmbientRegularizedSCVI(adata, n_hidden=16, n_layers=1, n_latent=8)
     with caplog.at_level("INFO", logger="cellstill"):
         model.train(train_size=1.0, max_epochs=2, batch_size=1024)
     assert any("watches the training loss" in message for message in caplog.messages)

@@ -73,7 +73,7 @@ def test_predicted_totals_match_observed_totals_at_the_start(sensitivity, backgr
         size = module.library("rna", rows["rna"], batch).mean.exp()
         expression = part.native(module.encode(rows, batch).mean, batch)
         if background is not None:
-            expression = expression + part.background_of(batch)
+            expression = expression + part.background_of(batch, None)
         predicted = (size * expression).sum(dim=1).numpy()
     observed = np.asarray(counts["rna"].sum(axis=1)).ravel()
     np.testing.assert_allclose(predicted, observed, rtol=0.05)

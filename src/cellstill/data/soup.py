@@ -241,32 +241,103 @@ def expected_native(x: np.ndarray, native: np.ndarray, soup: np.ndarray, theta: 
     -------
     Float64, between 0 and ``x``. The terms are summed until the rest is below 1e-12 of the sum.
     """
-    x, native, soup, theta = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in (x, native, soup, theta)))
-    taken = np.zeros(x.shape)
-    taken[(native <= 0) & (soup > 0)] = x[(native <= 0) & (soup > 0)]
-    active = np.nonzero((x > 0) & (native > 0) & (soup > 0))
-    count, mean, rate, shape = (v[active] for v in (x, native, soup, theta))
-    with np.errstate(invalid="ignore"):
-        inflation = np.where(np.isinf(shape), 1 / mean, (mean + shape) / (mean * shape))
-    # (x - k + theta) / theta, so that theta = inf needs no case of its own.
-    weight, total, first = np.ones(len(count)), np.ones(len(count)), np.zeros(len(count))
-    result = np.zeros(len(count))
-    place = np.arange(len(count))
+    terms = _Terms.of(x, native, soup, theta)
+    total, first, _ = terms.sums()
+    return terms.native(np.minimum(first / total, terms.count))
+
+
+def draw_native(
+    x: np.ndarray, native: np.ndarray, soup: np.ndarray, theta: np.ndarray | float, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the native part of counts from the posterior whose mean is :func:`expected_native`.
+
+    Parameters
+    ----------
+    x, native, soup, theta
+        As there.
+    rng
+        Source of the draws, one for each entry of ``x``.
+
+    Returns
+    -------
+    Float64, whole numbers between 0 and ``x``.
+    """
+    terms = _Terms.of(x, native, soup, theta)
+    uniform = rng.random(np.shape(x))[terms.where]
+    total, _, log_scale = terms.sums()
+    goal = np.log(uniform) + np.log(total) + log_scale
+    drawn = np.zeros(len(terms.count))
+    place, reached, log_weight = np.arange(len(drawn)), np.zeros(len(drawn)), np.zeros(len(drawn))
     k = 0
     while len(place):
+        below = (reached < goal[place]) & (k < terms.count[place])
+        drawn[place[~below]] = k
+        place, reached, log_weight = place[below], reached[below], log_weight[below]
         k += 1
-        ratio = rate / k * (count - k + 1) / ((count - k) / shape + 1) * inflation
-        weight = weight * ratio
-        total, first = total + weight, first + k * weight
-        huge = weight > 1e200
-        if huge.any():
-            weight[huge], total[huge], first[huge] = (v[huge] * 1e-200 for v in (weight, total, first))
-        # Past its peak the series falls faster than geometrically from here on.
-        done = (k >= count) | ((ratio < 0.5) & (weight * k < 1e-12 * np.maximum(first, 1e-300)))
-        if done.any():
-            result[place[done]] = first[done] / total[done]
-            stay = ~done
-            place, count, rate, shape = place[stay], count[stay], rate[stay], shape[stay]
-            weight, total, first, inflation = weight[stay], total[stay], first[stay], inflation[stay]
-    taken[active] = np.minimum(result, x[active])
-    return x - taken
+        with np.errstate(divide="ignore"):
+            log_weight = log_weight + np.log(terms.ratio(k, place))
+        reached = np.logaddexp(reached, log_weight)
+    return terms.native(drawn)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Weights :math:`w_k` of k soup counts in the entries that may have both parts."""
+
+    x: np.ndarray
+    taken: np.ndarray
+    where: tuple[np.ndarray, ...]
+    count: np.ndarray
+    soup: np.ndarray
+    theta: np.ndarray
+    inflation: np.ndarray
+
+    @classmethod
+    def of(cls, x: Any, native: Any, soup: Any, theta: Any) -> _Terms:
+        x, native, soup, theta = np.broadcast_arrays(
+            *(np.asarray(v, dtype=np.float64) for v in (x, native, soup, theta))
+        )
+        taken = np.zeros(x.shape)
+        taken[(native <= 0) & (soup > 0)] = x[(native <= 0) & (soup > 0)]
+        where = np.nonzero((x > 0) & (native > 0) & (soup > 0))
+        count, mean, rate, shape = (v[where] for v in (x, native, soup, theta))
+        with np.errstate(invalid="ignore"):
+            inflation = np.where(np.isinf(shape), 1 / mean, (mean + shape) / (mean * shape))
+        return cls(x, taken, where, count, rate, shape, inflation)
+
+    def ratio(self, k: int, place: np.ndarray) -> np.ndarray:
+        """``w_k / w_{k-1}`` of some entries."""
+        count = self.count[place]
+        # (x - k + theta) / theta, so that theta = inf needs no case of its own.
+        return self.soup[place] / k * (count - k + 1) / ((count - k) / self.theta[place] + 1) * self.inflation[place]
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sums of :math:`w_k` and :math:`k w_k`, both divided by a scale, and the logarithm of that scale."""
+        n = len(self.count)
+        total, first, log_scale = np.ones(n), np.zeros(n), np.zeros(n)
+        place, weight = np.arange(n), np.ones(n)
+        k = 0
+        while len(place):
+            k += 1
+            ratio = self.ratio(k, place)
+            weight = weight * ratio
+            total[place] += weight
+            first[place] += k * weight
+            huge = weight > 1e200
+            if huge.any():
+                large = place[huge]
+                weight[huge] *= 1e-200
+                total[large] *= 1e-200
+                first[large] *= 1e-200
+                log_scale[large] += np.log(1e200)
+            # Past its peak the series falls faster than geometrically from here on.
+            negligible = weight * k < 1e-12 * np.maximum(first[place], 1e-300)
+            stay = ~((k >= self.count[place]) | ((ratio < 0.5) & negligible))
+            place, weight = place[stay], weight[stay]
+        return total, first, log_scale
+
+    def native(self, taken: np.ndarray) -> np.ndarray:
+        """What is left of the counts when ``taken`` is taken from the entries that have both parts."""
+        result = self.taken.copy()
+        result[self.where] = taken
+        return self.x - result

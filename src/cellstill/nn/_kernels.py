@@ -118,17 +118,6 @@ def _softmax(row, bias):
 
 
 @_compile
-def _softplus(row, bias, slope):
-    """``softplus(logits + bias)`` in place; ``slope`` gets its logarithm's derivative."""
-    for j in range(row.size):
-        logit = row[j] + bias[j]
-        t = _exp(-abs(logit))
-        value = max(logit, _F(0)) + _log1p(t)
-        slope[j] = (_F(1) if logit >= _F(0) else t) / ((_F(1) + t) * value)
-        row[j] = value
-
-
-@_compile
 def _zeros(row, factor, theta, inverse_theta, weight, grads, grad_theta):
     """Log-likelihood of a cell with means ``row * factor``, as if all its counts were zero, and its gradients' sum.
 
@@ -176,7 +165,6 @@ def _nonzeros(counts, means, thetas, grad_means, grad_thetas):
 def negative_binomial_rows(
     start,
     stop,
-    softmax,
     logits,
     bias,
     size,
@@ -198,16 +186,12 @@ def negative_binomial_rows(
     ``value`` and ``grad_size``, the derivative in the logarithm of the size, are filled.
     """
     n_vars = logits.shape[1]
-    slope, grads = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
+    grads = np.empty(n_vars, np.float32)
     means, thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     grad_means, grad_thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     for i in range(start, stop):
         row, own, grad_own, w = logits[i], theta[group[i]], grad_theta[group[i]], weight[i]
-        factor = size[i]
-        if softmax:
-            factor /= _softmax(row, bias)
-        else:
-            _softplus(row, bias, slope)
+        factor = size[i] / _softmax(row, bias)
         total, common = _zeros(row, factor, own, inverse_theta[group[i]], w, grads, grad_own)
 
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
@@ -221,18 +205,12 @@ def negative_binomial_rows(
             grad_own[genes[k]] += w * grad_thetas[k]
 
         value[i], grad_size[i] = total, w * common
-        if softmax:
-            # The sum over all genes goes back through the normalisation.
-            common /= size[i]
-            for j in range(n_vars):
-                grad = w * (grads[j] - row[j] * common)
-                row[j] = grad
-                grad_bias[j] += grad
-        else:
-            for j in range(n_vars):
-                grad = w * slope[j] * grads[j]
-                row[j] = grad
-                grad_bias[j] += grad
+        # The sum over all genes goes back through the normalisation.
+        common /= size[i]
+        for j in range(n_vars):
+            grad = w * (grads[j] - row[j] * common)
+            row[j] = grad
+            grad_bias[j] += grad
 
 
 @_compile

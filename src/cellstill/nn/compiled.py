@@ -98,7 +98,7 @@ def _run_all(module: ModuleType) -> None:
     one, row = np.ones(1, np.float32), np.ones((1, 1), np.float32)
     gene, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
     module.negative_binomial_rows(
-        *(0, 1, True, row.copy(), one, one, row, row, np.zeros(1, np.int64), one, one, gene, starts),
+        *(0, 1, row.copy(), one, one, row, row, np.zeros(1, np.int64), one, one, gene, starts),
         *(one.copy(), one.copy(), row.copy(), one.copy()),
     )
     module.order_by_column(one, gene, starts, 1)

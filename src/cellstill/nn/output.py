@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError
 from cellstill.nn.compiled import kernels, share_out
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
-
-Link = Literal["softmax", "softplus"]
 
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Entries, cells x genes, of a block of logits."""
@@ -30,13 +28,11 @@ def negative_binomial_output(
     *,
     group: torch.Tensor | None = None,
     cell_weight: torch.Tensor | None = None,
-    link: Link = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Negative binomial log-likelihood of counts, whose means are a linear layer of ``hidden``.
 
     .. math::
-        x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_g), \qquad \mu_n = s_n\,f(W h_n + b), \qquad
-        f = \mathrm{softmax}\ \text{or}\ \mathrm{softplus}
+        x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_g), \qquad \mu_n = s_n\,\mathrm{softmax}(W h_n + b)
 
     The array of cells x genes exists only in blocks of cells that stay in the cache: a block of logits becomes means,
     terms of the likelihood and gradients in place, and enters the gradients of ``hidden`` and ``weight`` before the
@@ -51,15 +47,13 @@ def negative_binomial_output(
     x
         Counts, ``n`` rows.
     log_size
-        Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: with ``"softmax"`` the expected library size.
+        Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: the expected library size.
     theta
         Inverse dispersion, shape ``(n_vars,)``, or ``(n_groups, n_vars)`` with ``group``. Larger is closer to Poisson.
     group
         Row of ``theta`` for each cell, integers of shape ``(n,)``.
     cell_weight
         Weight of each cell in the total, shape ``(n,)``, not differentiated; ``None`` weighs all by 1.
-    link
-        ``f``: ``"softmax"`` makes proportions of the size, ``"softplus"`` leaves genes to themselves.
 
     Returns
     -------
@@ -70,13 +64,12 @@ def negative_binomial_output(
     Raises
     ------
     InvalidArgumentError
-        An unknown link, or shapes that do not fit.
+        Shapes that do not fit.
 
     References
     ----------
     Lopez et al. (2018), Deep generative modeling for single-cell transcriptomics, for the model.
     """
-    check_option("link", link, ("softmax", "softplus"))
     n, n_vars = x.n_rows, x.n_vars
     _check_shape("hidden", hidden, (n, weight.shape[1]))
     _check_shape("weight", weight, (n_vars, weight.shape[1]))
@@ -92,7 +85,7 @@ def negative_binomial_output(
     cell_weight = torch.ones_like(log_size) if cell_weight is None else cell_weight
     # Inside, needs_input_grad does not say whether gradients are recorded at all.
     recorded = torch.is_grad_enabled()
-    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, link, recorded)
+    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, recorded)
 
 
 class _NegativeBinomialOutput(torch.autograd.Function):
@@ -107,7 +100,6 @@ class _NegativeBinomialOutput(torch.autograd.Function):
         x: CSRRows,
         group: torch.Tensor,
         cell_weight: torch.Tensor,
-        link: Link,
         recorded: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
@@ -123,7 +115,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
             for start in range(0, x.n_rows, step):
                 rows = slice(start, start + step)
                 logits = torch.mm(low[rows], matrix.t()).float()
-                block(logits, cells.of(rows), genes, link)
+                block(logits, cells.of(rows), genes)
                 logits = logits.to(precision)
                 if recorded and ctx.needs_input_grad[0]:
                     grad_hidden.append(torch.mm(logits, matrix))
@@ -147,7 +139,7 @@ class _NegativeBinomialOutput(torch.autograd.Function):
             grad.mul_(outer[0]) if grad is not None and needed else None
             for grad, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 class _Cells(NamedTuple):
@@ -182,7 +174,7 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
     return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(torch.mm(left, right))
 
 
-def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     """Turn logits into their gradient, with the compiled loops."""
     loops = kernels(logits.device)
     assert loops is not None
@@ -196,7 +188,7 @@ def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link)
     def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         sums = np.zeros(theta.shape, np.float32), np.zeros(bias.shape, np.float32)
         loops.negative_binomial_rows(
-            *(start, stop, link == "softmax", values, bias, size, theta, inverse, group, weight, *counts, *filled),
+            *(start, stop, values, bias, size, theta, inverse, group, weight, *counts, *filled),
             *sums,
         )
         return sums
@@ -206,25 +198,20 @@ def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link)
         genes.grad_bias.add_(torch.from_numpy(grad_bias))
 
 
-def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     """Turn logits into their gradient, with torch's operations."""
     step = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
-        _rows_in_cache(logits[rows], cells.of(rows), genes, link)
+        _rows_in_cache(logits[rows], cells.of(rows), genes)
 
 
-def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Link) -> None:
+def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     x, weight = cells.x, cells.weight[:, None]
     one_group = len(genes.theta) == 1
     theta = genes.theta if one_group else genes.theta[cells.group]
     logits += genes.bias
-    if link == "softmax":
-        means = torch.softmax(logits, dim=1).mul_(cells.size[:, None])
-    else:
-        means = torch.nn.functional.softplus(logits)
-        slope = torch.sigmoid(logits).div_(means)
-        means *= cells.size[:, None]
+    means = torch.softmax(logits, dim=1).mul_(cells.size[:, None])
     share = means / theta
     at_zero = torch.log1p(share)
     share /= 1 + share
@@ -250,11 +237,8 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, link: Lin
 
     common = grads.sum(dim=1)
     cells.grad_size.copy_(common * cells.weight)
-    if link == "softmax":
-        # The sum over all genes goes back through the normalisation.
-        grads.addcmul_(means, (common / cells.size)[:, None], value=-1)
-    else:
-        grads *= slope
+    # The sum over all genes goes back through the normalisation.
+    grads.addcmul_(means, (common / cells.size)[:, None], value=-1)
     grads *= weight
     genes.grad_bias.add_(grads.sum(dim=0))
 

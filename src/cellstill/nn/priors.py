@@ -14,7 +14,6 @@ import torch
 
 _LOG_2 = math.log(2.0)
 _ENTROPY_OF_NORMAL = 0.5 * math.log(2 * math.pi * math.e)
-_LOG_2_PI = math.log(2 * math.pi)
 
 
 def normal_kl(
@@ -45,32 +44,6 @@ def normal_kl(
     prior_variance = torch.as_tensor(prior_variance, dtype=variance.dtype, device=variance.device)
     ratio = variance / prior_variance
     return 0.5 * (ratio + (mean - prior_mean).square() / prior_variance - 1 - ratio.log()).sum(dim=-1)
-
-
-def normal(x: torch.Tensor, precision: torch.Tensor | float) -> torch.Tensor:
-    r"""Log density of x ~ Normal(0, 1 / precision), as a density of x: a penalty on squares.
-
-    A penalty :math:`\lambda \sum w^2` on weights is this prior at precision :math:`2 \lambda`, up to a constant.
-
-    Returns
-    -------
-    Shape of ``x`` broadcast with ``precision``.
-    """
-    precision = torch.as_tensor(precision, dtype=x.dtype, device=x.device)
-    return 0.5 * (precision.log() - _LOG_2_PI - precision * x.square())
-
-
-def laplace(x: torch.Tensor, rate: torch.Tensor | float) -> torch.Tensor:
-    r"""Log density of x ~ Laplace(0, 1 / rate), as a density of x: a penalty on magnitudes, ``rate`` its strength.
-
-    Larger rates set more weights to zero.
-
-    Returns
-    -------
-    Shape of ``x`` broadcast with ``rate``.
-    """
-    rate = torch.as_tensor(rate, dtype=x.dtype, device=x.device)
-    return rate.log() - _LOG_2 - rate * x.abs()
 
 
 def gamma(log_x: torch.Tensor, concentration: torch.Tensor | float, rate: torch.Tensor | float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ def fit(
     *,
     max_epochs: int,
     lr: float = 1e-3,
+    own_lr: Mapping[str, float] | None = None,
     weight_decay: float = 0.0,
     kl_warmup: int | float | None = None,
     patience: int | None = 10,
@@ -57,7 +58,7 @@ def fit(
         fit. Without ``validation`` the training loss is monitored.
     max_epochs
         Most passes over the training cells; 0 trains nothing.
-    lr, weight_decay, kl_warmup
+    lr, own_lr, weight_decay, kl_warmup
         See :class:`~cellstill.train.plans.Plan`. The best weights and ``patience`` count from the first epoch that
         starts after the warm-up.
     patience
@@ -135,7 +136,7 @@ def fit(
     if checkpoint is not None and os.path.exists(checkpoint) and not resume:
         raise StoreError(f"{checkpoint} exists. Pass resume=True to go on from it, or choose another checkpoint.")
     n_obs = len(train.cells) if hasattr(train, "cells") else None
-    plan = Plan(module, lr=lr, weight_decay=weight_decay, kl_warmup=kl_warmup, n_obs=n_obs)
+    plan = Plan(module, lr=lr, own_lr=own_lr, weight_decay=weight_decay, kl_warmup=kl_warmup, n_obs=n_obs)
     if max_epochs < 1:
         module.eval()
         return to_frame([], [])
@@ -147,6 +148,7 @@ def fit(
             settings = {
                 "max_epochs": max_epochs,
                 "lr": lr,
+                **({"own_lr": dict(own_lr)} if own_lr else {}),
                 "weight_decay": weight_decay,
                 "kl_warmup": kl_warmup,
                 "patience": patience,

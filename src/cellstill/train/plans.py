@@ -108,6 +108,9 @@ class Plan(LightningModule):
         A :class:`torch.nn.Module` that is :class:`Trainable`; only its parameters that require gradients are trained.
     lr
         Learning rate. Larger learns faster until it no longer settles.
+    own_lr
+        Learning rates of some parameters, by their names, instead of ``lr``; ten times as much where they are global.
+        0 leaves them as they are.
     weight_decay
         Decoupled decay of the weights towards zero per step, times ``lr``. Larger regularises more.
     kl_warmup
@@ -130,6 +133,7 @@ class Plan(LightningModule):
         module: Any,
         *,
         lr: float = 1e-3,
+        own_lr: Mapping[str, float] | None = None,
         weight_decay: float = 0.0,
         kl_warmup: int | float | None = None,
         n_obs: int | None = None,
@@ -137,6 +141,7 @@ class Plan(LightningModule):
         super().__init__()
         self.module = module
         self.lr = lr
+        self.own_lr = dict(own_lr or {})
         self.weight_decay = weight_decay
         self.kl_warmup = kl_warmup
         self.sums = LossSums()
@@ -174,11 +179,12 @@ class Plan(LightningModule):
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trained:
             raise InvalidArgumentError(f"{type(self.module).__name__} has no parameter that requires a gradient.")
-        apart = {name: trained.pop(name) for name in self.module.global_parameters if name in trained}
-        groups: list[dict[str, Any]] = [
-            {"params": list(trained.values()), "lr": self.lr, "weight_decay": self.weight_decay},
-            {"params": list(apart.values()), "lr": _GLOBAL_LR * self.lr, "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]] = []
+        for lr in dict.fromkeys([self.lr, *self.own_lr.values()]):
+            of_lr = {name: trained.pop(name) for name in list(trained) if self.own_lr.get(name, self.lr) == lr}
+            apart = {name: of_lr.pop(name) for name in list(of_lr) if name in self.module.global_parameters}
+            groups.append({"params": list(of_lr.values()), "lr": lr, "weight_decay": self.weight_decay})
+            groups.append({"params": list(apart.values()), "lr": _GLOBAL_LR * lr, "weight_decay": 0.0})
         groups = [group for group in groups if group["params"]]
         parameters = [parameter for group in groups for parameter in group["params"]]
         if kernels(parameters[0].device) is not None and all(map(fits, parameters)):

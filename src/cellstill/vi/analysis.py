@@ -9,8 +9,8 @@ import numpy as np
 
 from cellstill.pl.attribution import attribution_figure
 from cellstill.vi.attribution import ModalityAttribution, attribute
-from cellstill.vi.criticism import Criticism
 from cellstill.vi.evaluation import blocks, to_numpy
+from cellstill.vi.minification import Minification
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-class Analysis(Criticism):
+class Analysis(Minification):
     """The analyses of both regularised models."""
 
     def get_modality_attribution(
@@ -44,7 +44,7 @@ class Analysis(Criticism):
         By modality.
         """
         self._require_trained()
-        cells = self._cells(adata)[indices]
+        cells = self._cells(adata, counts=False)[indices]
         parts = self._parts()
         shape = (len(cells), self.module.config.n_latent)
         z = np.empty(shape, dtype=np.float32)

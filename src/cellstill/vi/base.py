@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
 
-from cellstill._compat.scvi import RegisteredModel, category_registry, register, setup_args
+from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_args
 from cellstill.data.annotations import gather_obs, is_mudata
-from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_key
 from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
 from cellstill.nn.compiled import CompileMode
 from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.growth import Rows, freeze, holding
+from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
+from cellstill.vi.rates import Rate
 from cellstill.vi.start import start_from_data
 from cellstill.vi.training import WARMUP, TrainingSettings, default_epochs, split, train_module
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("cellstill")
 
 
-class RegularizedModel(RegisteredModel):
+class RegularizedModel(MinifiableModel):
     """The state of a regularised model, and the way to it for everything built on it."""
 
     module: RegularizedVAE
@@ -47,6 +50,7 @@ class RegularizedModel(RegisteredModel):
         """Take over registered data; returns them read, unless the model is restored from a store."""
         super().__init__(data, registry)
         self.seed = seed
+        self._known_rows: Rows | None = None
         self._setup = setup_args(self.registry)
         self._keys = CovariateKeys.from_dict(self._setup["keys"])
         self._layers: dict[str, str | None] = dict(self._setup["layers"])
@@ -89,13 +93,18 @@ class RegularizedModel(RegisteredModel):
             **settings,
         )
 
-    def _build(self, config: VAEConfig, cells: Cells | None) -> None:
+    def _build(self, config: VAEConfig, cells: Cells | None, ambient_rate: Rate = None) -> None:
         """Make the module, and start it from data."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.module = RegularizedVAE(config)
             if cells is not None:
-                start_from_data(self.module, cells.counts, cells.per_cell, cells.present, np.arange(len(cells)))
+                start_from_data(
+                    *(self.module, cells.counts, cells.per_cell, cells.present, np.arange(len(cells))),
+                    categories={code_of(column): names for column, names in self._categories.items()},
+                    ambient_rate=ambient_rate,
+                    seed=self.seed,
+                )
         self.module.eval()
         shown = ", ".join(
             f"{name}: n_hidden {one.n_hidden}, n_latent {one.n_latent}" for name, one in config.modalities.items()
@@ -121,6 +130,7 @@ class RegularizedModel(RegisteredModel):
         max_epochs: int | None = None,
         *,
         lr: float = 1e-3,
+        modality_lr: Mapping[str, float] | None = None,
         batch_size: int = 128,
         train_size: float = 0.9,
         validation_size: float | None = None,
@@ -147,6 +157,9 @@ class RegularizedModel(RegisteredModel):
             Most passes over the training cells; ``None`` is 400, or fewer from 20,000 cells on (8 million cells shown).
         lr
             Learning rate of Adam. Larger learns faster until it no longer settles.
+        modality_lr
+            Learning rates of the parameters that belong to one modality alone, instead of ``lr``, by its name; 0 leaves
+            them as they are. What several modalities share learns at ``lr``.
         batch_size
             Cells per step. Larger is faster per epoch and takes fewer steps.
         train_size, validation_size
@@ -184,10 +197,19 @@ class RegularizedModel(RegisteredModel):
             ``checkpoint`` exists and ``resume`` is false, or holds another run.
         """
         cells = self._cells()
+        if self._known_rows == {}:
+            raise InvalidArgumentError(
+                "The query has no new category that anything is learned for: the model is ready as it is. To go on "
+                "training all of it, load_query_data(..., unfrozen=True)."
+            )
         if max_epochs is not None and max_epochs < 0:
             raise InvalidArgumentError(f"max_epochs={max_epochs} is below 0.")
         if lr <= 0:
             raise InvalidArgumentError(f"lr={lr} has to be above 0.")
+        for name, value in (modality_lr or {}).items():
+            check_key("modality_lr", name, "modalities", self.modality_names)
+            if not value >= 0:
+                raise InvalidArgumentError(f"modality_lr[{name!r}]={value} is below 0.")
         if early_stopping_min_delta_per_feature < 0:
             raise InvalidArgumentError(
                 f"early_stopping_min_delta_per_feature={early_stopping_min_delta_per_feature} is below 0."
@@ -200,6 +222,7 @@ class RegularizedModel(RegisteredModel):
         settings = TrainingSettings(
             max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
             lr=lr,
+            modality_lr=dict(modality_lr or {}),
             weight_decay=weight_decay,
             batch_size=batch_size,
             kl_warmup=kl_warmup,
@@ -215,7 +238,8 @@ class RegularizedModel(RegisteredModel):
             resume=resume,
             seed=self.seed,
         )
-        self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
+        with holding(self.module, self._known_rows):
+            self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
         self.train_indices_, self.validation_indices_, self.test_indices_ = parts
         self.is_trained_ = True
         return self
@@ -248,6 +272,7 @@ class RegularizedModel(RegisteredModel):
             "scales": self._scales,
             "seed": self.seed,
             "trained": self.is_trained_,
+            "known_rows": self._known_rows,
             "history": {name: frame[name].tolist() for name, frame in (self.history_ or {}).items()},
         }
         save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
@@ -266,19 +291,9 @@ class RegularizedModel(RegisteredModel):
             module = VAEConfig.from_dict(config["module"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry = cls._registry_of(config)
+        registry = cls._registry_of(config["setup"], config["categories"])
         if data is not None:
-            layers = config["setup"]["layers"]
-            where = {"layers": layers} if is_mudata(data) else {"layer": layers[next(iter(layers))]}
-            register(
-                cls,
-                data,
-                **where,
-                categorical=keys.registered,
-                continuous=keys.continuous,
-                setup_args=config["setup"],
-                source_registry=registry,
-            )
+            cls._register(data, keys, config["setup"], registry)
         model = cls.__new__(cls)
         model._start(data, registry if data is None else None, config["seed"], restored)
         model._build(module, None)
@@ -293,21 +308,57 @@ class RegularizedModel(RegisteredModel):
             name: pd.DataFrame({name: values}).rename_axis(index="epoch") for name, values in config["history"].items()
         }
         model.is_trained_ = config["trained"]
+        model._take_only_new(config.get("known_rows"))
         if data is not None:
-            model._cells()
+            model._cells(counts=False)
         return model
 
     @classmethod
     def load_registry(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
         """Read how a saved model's data were set up: categories, and the arguments of the set-up."""
-        return cls._registry_of(load_store(dir_path, cls.__name__)[1])
+        config = load_store(dir_path, cls.__name__)[1]
+        return cls._registry_of(config["setup"], config["categories"])
 
     @classmethod
-    def _registry_of(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        registered = CovariateKeys.from_dict(config["setup"]["keys"]).registered
-        known = {key: config["categories"][column] for key, column in registered.items()}
-        mudata = "roles" in config["setup"]
-        return category_registry(cls.__name__, config["setup"], known, columns=registered, mudata=mudata)
+    def _registry_of(cls, setup: dict[str, Any], categories: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        registered = CovariateKeys.from_dict(setup["keys"]).registered
+        known = {key: categories[column] for key, column in registered.items()}
+        return category_registry(cls.__name__, setup, known, columns=registered, mudata="roles" in setup)
+
+    @classmethod
+    def _register(
+        cls,
+        data: AnnData | MuData,
+        keys: CovariateKeys,
+        setup: dict[str, Any],
+        registry: dict[str, Any],
+        *,
+        extend: bool = False,
+    ) -> None:
+        """Register data with the categories of a model, and those they add with ``extend``."""
+        layers = setup["layers"]
+        where: dict[str, Any]
+        if is_mudata(data):
+            # Cells may lack modalities, and so may all of them.
+            where = {"layers": {name: layer for name, layer in layers.items() if name in data.mod}}
+        else:
+            where = {"layer": layers[next(iter(layers))]}
+        register(
+            cls,
+            data,
+            **where,
+            categorical=keys.registered,
+            continuous=keys.continuous,
+            setup_args=setup,
+            source_registry=registry,
+            extend_categories=extend,
+        )
+
+    def _take_only_new(self, known_rows: Rows | None) -> None:
+        """Train only what follows the known rows, if there are any."""
+        self._known_rows = known_rows
+        if known_rows is not None:
+            freeze(self.module, known_rows)
 
     def _require_data(self) -> AnnData | MuData:
         if self.adata is None:
@@ -321,12 +372,26 @@ class RegularizedModel(RegisteredModel):
         if not self.is_trained_:
             raise NotTrainedError("The model is not trained. Call train() first.")
 
-    def _cells(self, data: AnnData | MuData | None = None, *, covariates: bool = True) -> Cells:
-        """Read data; checked each time, because users normalise their data in place between two calls."""
+    def _cells(self, data: AnnData | MuData | None = None, *, covariates: bool = True, counts: bool = True) -> Cells:
+        """Read data; checked each time, because users normalise their data in place between two calls.
+
+        Minified data serve where ``counts`` are not needed.
+        """
+        given = self._require_data() if data is None else data
         # z depends on no covariate but those that encoders are told.
         keys = self._keys if covariates else CovariateKeys(encoder=self._keys.encoder)
+        kind = minified_type(given)
+        if kind is not None and not counts:
+            model = (self._features, self._categories, self._scales, self.module.config.n_latent)
+            return read_minified(given, keys, *model)
+        if kind == MINIFIED:
+            name = type(self).__name__
+            raise InvalidArgumentError(
+                "This needs counts, and the data are minified: they hold posteriors instead. Give cells with counts to "
+                f"the method, or to the model: {name}.load(path, data)."
+            )
         return Cells.read(
-            self._require_data() if data is None else data,
+            given,
             keys,
             layers=self._layers,
             features=self._features,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +49,8 @@ class Cells:
         By continuous column: mean and standard deviation that it was standardised with.
     overlap
         By modality: share of the model's features that the data have.
+    posterior
+        Posteriors that minified data hold instead of counts (:mod:`cellstill.vi.minified`), by entry of a minibatch.
     """
 
     counts: Mapping[str, sp.csr_matrix]
@@ -60,6 +62,7 @@ class Cells:
     categories: Mapping[str, tuple[str, ...]]
     scales: Mapping[str, tuple[float, float]]
     overlap: Mapping[str, float]
+    posterior: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.obs_names)
@@ -120,8 +123,8 @@ class Cells:
         """
         columns = {*keys.columns, *keys.continuous}
         obs = gather_obs(data, {column: argument for column, argument in keys.arguments.items() if column in columns})
-        names, codes = _codes(obs, keys, categories, extend=extend)
-        continuous, used_scales = _standardise(obs, keys.continuous, scales)
+        names, codes = encode(obs, keys, categories, extend=extend)
+        continuous, used_scales = standardise(obs, keys.continuous, scales)
         counts, present, used_features, overlap = {}, {}, {}, {}
         for name, (adata, rows) in _modalities(data, layers, allow_missing_modalities).items():
             wanted = None if features is None else features[name]
@@ -170,7 +173,7 @@ class Cells:
         for name, has in self.present.items():
             if not has.all():
                 arrays[f"{name}/present"] = has.astype(np.float32)
-        return arrays
+        return {**arrays, **self.posterior}
 
     def loader(self, indices: np.ndarray | None = None, **settings: Any) -> ModalityLoader:
         """Minibatches of these cells, or of some.
@@ -195,6 +198,7 @@ class Cells:
             codes={column: code[rows] for column, code in self.codes.items()},
             continuous=self.continuous[rows],
             obs_names=self.obs_names[rows],
+            posterior={name: values[rows] for name, values in self.posterior.items()},
         )
 
 
@@ -263,9 +267,10 @@ def _spread_rows(counts: sp.csr_matrix, rows: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix((taken.data, taken.indices, indptr), shape=(len(rows), counts.shape[1]), copy=False)
 
 
-def _codes(
-    obs: pd.DataFrame, keys: CovariateKeys, categories: Mapping[str, Sequence[str]] | None, *, extend: bool
+def encode(
+    obs: pd.DataFrame, keys: CovariateKeys, categories: Mapping[str, Sequence[str]] | None, *, extend: bool = False
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]:
+    """Names of the categories of each column, and the codes of the cells; see :meth:`Cells.read`."""
     names: dict[str, tuple[str, ...]] = {}
     codes: dict[str, np.ndarray] = {}
     for column in keys.columns:
@@ -283,9 +288,10 @@ def _codes(
     return names, codes
 
 
-def _standardise(
+def standardise(
     obs: pd.DataFrame, columns: Sequence[str], scales: Mapping[str, tuple[float, float]] | None
 ) -> tuple[np.ndarray, dict[str, tuple[float, float]]]:
+    """Continuous columns, standardised, and the scales used; see :meth:`Cells.read`."""
     used: dict[str, tuple[float, float]] = {}
     result = np.empty((len(obs), len(columns)), dtype=np.float32)
     for j, column in enumerate(columns):

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from cellstill.errors import InvalidArgumentError, check_option
 
-Background = Literal["free"]
+Background = Literal["profile", "free"]
+NATIVE_SPARSITY = 5.0
 LatentMode = Literal["concatenation", "weighted_mean", "single_encoder"]
 
 
@@ -25,7 +26,8 @@ class ModalityConfig:
     n_latent
         Dimensions of z that its encoder makes.
     background
-        ``"free"`` (:class:`~cellstill.vi.parts.Background`), or ``None`` for none.
+        ``"profile"`` (:class:`~cellstill.vi.ambient.ProfileBackground`), ``"free"``
+        (:class:`~cellstill.vi.parts.Background`), or ``None`` for none.
     feature_scaling
         Features have a multiplicative factor.
     likelihood
@@ -49,7 +51,7 @@ class ModalityConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
         if self.background is not None:
-            check_option("background", self.background, ("free",))
+            check_option("background", self.background, ("profile", "free"))
         check_option("likelihood", self.likelihood, ("negative_binomial", "poisson"))
         if not self.sensitivity > 0:
             raise InvalidArgumentError(f"sensitivity={self.sensitivity!r} has to be above 0.")
@@ -85,10 +87,25 @@ class VAEConfig:
         A cell's observed total enters its log library size.
     regularise_background, regularise_dispersion
         Whether their priors enter the loss.
-    decoder_weight_l2
-        Weight of the decoders' squared weights.
+    native_sparsity
+        Weight of the sparse prior on native expression, in cells; only beside a ``"profile"`` background.
+    decoder_weight_l2, decoder_weight_l1
+        Weight of the decoders' squared weights, and of their magnitudes.
     theta_sampling
         One draw of the inverse dispersions per ``"minibatch"`` or per ``"cell"``.
+    z_sparsity, hidden_sparsity
+        Expected sum of the magnitudes of a cell's z, and of its activations in the last hidden layer of each decoder,
+        under a Gamma prior on each; ``None`` is none.
+    z_horseshoe
+        Scale of a horseshoe on z; ``None`` is none.
+    ard
+        Standard deviation that the dimensions of z shrink to that are not needed
+        (:class:`~cellstill.vi.penalties.Relevance`); ``None`` holds that of all at 1.
+    modality_scaling
+        Learn the scale of each modality's library sizes (:class:`~cellstill.vi.library.Library`).
+    dispersion_start
+        Share of the counts' overdispersion that is left to z where inverse dispersions start
+        (:func:`~cellstill.vi.moments.inverse_dispersion`); ``None`` starts them all at 9.
     """
 
     modalities: Mapping[str, ModalityConfig]
@@ -108,8 +125,16 @@ class VAEConfig:
     residual_library: bool = True
     regularise_background: bool = False
     regularise_dispersion: bool = True
+    native_sparsity: float = NATIVE_SPARSITY
     decoder_weight_l2: float = 0.1
     theta_sampling: Literal["minibatch", "cell"] = "minibatch"
+    decoder_weight_l1: float = 0.0
+    z_sparsity: float | None = None
+    hidden_sparsity: float | None = None
+    z_horseshoe: float | None = None
+    ard: float | None = None
+    modality_scaling: bool = False
+    dispersion_start: float | None = None
 
     def __post_init__(self) -> None:
         check_option("latent_mode", self.latent_mode, ("concatenation", "weighted_mean", "single_encoder"))
@@ -126,6 +151,7 @@ class VAEConfig:
                 f"latent_mode='weighted_mean' needs the same n_latent in all modalities; found {widths}. Give one "
                 "number, or use latent_mode='concatenation'."
             )
+        self._check_penalties()
 
     @property
     def n_latent(self) -> int:
@@ -136,6 +162,28 @@ class VAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold."""
         return asdict(self)
+
+    def _check_penalties(self) -> None:
+        n_hidden = min(modality.n_hidden for modality in self.modalities.values())
+        for name, largest in (("z_sparsity", self.n_latent), ("hidden_sparsity", n_hidden)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= largest:
+                raise InvalidArgumentError(
+                    f"{name}={value!r} has to be above 0 and at most {largest}, the number of dimensions: beyond it "
+                    "the prior would keep them from 0. Give a smaller number, or None for no such prior."
+                )
+        for name in ("z_horseshoe", "ard"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InvalidArgumentError(f"{name}={value!r} has to be above 0, or None for no such prior.")
+        for name in ("decoder_weight_l1", "decoder_weight_l2", "native_sparsity"):
+            if not getattr(self, name) >= 0:
+                raise InvalidArgumentError(f"{name}={getattr(self, name)!r} has to be at least 0.")
+        if self.dispersion_start is not None and not 0 <= self.dispersion_start < 1:
+            raise InvalidArgumentError(
+                f"dispersion_start={self.dispersion_start!r} has to be a share, at least 0 and below 1; or None to "
+                "start all inverse dispersions at 9."
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:

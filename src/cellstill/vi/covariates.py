@@ -258,39 +258,6 @@ def check_nested(obs: pd.DataFrame, library_key: str, dataset_key: str) -> None:
         )
 
 
-def combinations(
-    codes: Mapping[str, np.ndarray], keys: Sequence[str], known: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """List the combinations of categories that occur, and which of them each cell has.
-
-    Parameters
-    ----------
-    codes
-        Codes of each column, shape ``(n_obs,)``.
-    keys
-        Columns to combine; none of them gives one combination, of nothing.
-    known
-        Combinations that keep their rows, shape ``(n_known, n_keys)``; new ones follow.
-
-    Returns
-    -------
-    Combinations, int64, shape ``(n_combinations, n_keys)``, sorted (those that are new), and the row of each cell,
-    int64, shape ``(n_obs,)``.
-    """
-    n_obs = len(next(iter(codes.values()))) if codes else 0
-    each = np.column_stack([codes[key] for key in keys]) if keys else np.empty((n_obs, 0))
-    each = each.astype(np.int64)
-    if not keys:
-        return np.empty((1, 0), dtype=np.int64), np.zeros(n_obs, dtype=np.int64)
-    found, row = np.unique(each, axis=0, return_inverse=True)
-    row = row.reshape(-1).astype(np.int64)
-    if known is None:
-        return found, row
-    table = {tuple(combination): position for position, combination in enumerate(known.tolist())}
-    position = [table.setdefault(tuple(combination), len(table)) for combination in found.tolist()]
-    return np.array(list(table), dtype=np.int64).reshape(-1, len(keys)), np.array(position, dtype=np.int64)[row]
-
-
 def _name(argument: str, key: object) -> str | None:
     if key is None or isinstance(key, str):
         return key

@@ -153,15 +153,17 @@ class Criticism(Getters):
         part = self.module.modality(name)
         drawn: list[list[sp.csr_matrix]] = [[] for _ in range(n_samples)]
         with _seeded(seed):
-            for block in self._blocks(adata, indices, batch_size):
+            for block in self._blocks(adata, indices, batch_size, counts=False):
                 theta, group = part.dispersion(block.batch, block.counts[name].n_rows)
                 theta = theta if group is None else theta[group]
-                background, scaling = part.background_of(block.batch), part.scaling_of(block.batch)
+                scaling = part.scaling_of(block.batch)
                 for parts in drawn:
+                    log_library = _draw(self.module.library(name, block.counts[name], block.batch))
+                    background = self.module.background_of(name, block.counts[name], block.batch, log_library)
                     mean = part.native(block.latent.sample(), block.batch)
                     mean = mean if background is None else mean + background
                     mean = mean if scaling is None else mean * scaling
-                    mean = mean * _draw(self.module.library(name, block.counts[name], block.batch)).exp()
+                    mean = mean * log_library.exp()
                     mean = _of_present(block, name, mean)
                     rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
                     parts.append(sp.csr_matrix(to_numpy(torch.poisson(rate))))
@@ -169,10 +171,15 @@ class Criticism(Getters):
         return samples[0] if n_samples == 1 else samples
 
     def _blocks(
-        self, data: AnnData | MuData | None, indices: np.ndarray | Sequence[int] | None, batch_size: int
+        self,
+        data: AnnData | MuData | None,
+        indices: np.ndarray | Sequence[int] | None,
+        batch_size: int,
+        *,
+        counts: bool = True,
     ) -> Iterator[Block]:
         self._require_trained()
-        return blocks(self.module, self._cells(data)[indices], batch_size)
+        return blocks(self.module, self._cells(data, counts=counts)[indices], batch_size)
 
     def _at(self, block: Block, name: str, z: torch.Tensor) -> tuple[torch.Tensor, LibraryPosterior]:
         """Log-likelihood of each cell given z and a draw of its library size, and the latter's posterior."""
@@ -182,18 +189,19 @@ class Criticism(Getters):
     def _given(self, block: Block, name: str, z: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
         present = block.batch.get(f"{name}/present")
         part = self.module.modality(name)
-        return part.log_likelihood(z, log_library[:, 0], block.counts[name], block.batch, present)[1]
+        return part.log_likelihood(z, log_library, block.counts[name], block.batch, present)[1]
 
     def _importance(self, block: Block) -> torch.Tensor:
         """``log p(x, z, l) - log q(z, l)`` at a draw from q."""
         latent = block.latent
         z = latent.sample()
-        weight = _log_ratio(z, Latent(torch.zeros_like(z), torch.ones_like(z), latent.kl), latent)
+        prior = torch.ones_like(z) * self.module.prior_variance()
+        weight = _log_ratio(z, Latent(torch.zeros_like(z), prior, latent.kl), latent)
         for name in self.modality_names:
             library = self.module.library(name, block.counts[name], block.batch)
             log_library = _draw(library)
-            prior = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])
-            ratio = _log_ratio(log_library, prior, library)
+            prior_of_size = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])
+            ratio = _log_ratio(log_library, prior_of_size, library)
             weight = weight + self._given(block, name, z, log_library) + _of_present(block, name, ratio)
         return weight
 

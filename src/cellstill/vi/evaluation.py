@@ -71,16 +71,6 @@ def native_expression(
     return total.div_(len(targets))
 
 
-def native_share(module: RegularizedVAE, name: str, z: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-    """Share of the expected counts that is native, ``rho / (rho + b)``; ``None`` if there is no background."""
-    modality = module.modality(name)
-    background = modality.background_of(batch)
-    if background is None:
-        return None
-    native = modality.native(z, batch)
-    return native.div_(native + background)
-
-
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Copy to the host."""
     return tensor.cpu().numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from cellstill.data.selection import gene_positions
 from cellstill.errors import InvalidArgumentError, check_option
 from cellstill.io.arrays import Out, output_array
+from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.base import RegularizedModel
-from cellstill.vi.cells import Cells
-from cellstill.vi.evaluation import blocks, native_expression, native_share, to_numpy
+from cellstill.vi.denoising import expected_parts
+from cellstill.vi.evaluation import blocks, native_expression, to_numpy
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,7 +63,7 @@ class Getters(RegularizedModel):
         lacks, the prior: mean 0, variance 1.
         """
         self._require_trained()
-        cells = self._cells(adata, covariates=False)[indices]
+        cells = self._cells(adata, covariates=False, counts=False)[indices]
         shape = (len(cells), self.module.config.n_latent)
         mean, variance = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
         for block in blocks(self.module, cells, batch_size):
@@ -127,7 +128,7 @@ class Getters(RegularizedModel):
         """
         self._require_trained()
         name = self._modality(modality)
-        cells = self._cells(adata)[indices]
+        cells = self._cells(adata, counts=False)[indices]
         result = np.empty((len(cells), 1), dtype=np.float32)
         for block in blocks(self.module, cells, batch_size):
             library = self.module.library(name, block.counts[name], block.batch)
@@ -190,15 +191,16 @@ class Getters(RegularizedModel):
         targets = self._targets(transform_batch)
         columns = gene_positions(self._features[name], gene_list, "gene_list")
         names = np.asarray(self._features[name], dtype=object)[columns]
-        cells = self._cells(adata)[indices]
+        cells = self._cells(adata, counts=False)[indices]
         with output_array(out, (len(cells), len(names))) as result:
             for block in blocks(self.module, cells, batch_size):
                 rates = native_expression(self.module, name, block.latent.mean, block.batch, targets)
+                log_library = self.module.library(name, block.counts[name], block.batch).mean
                 if include_background:
-                    background = self.module.modality(name).background_of(block.batch)
+                    background = self.module.background_of(name, block.counts[name], block.batch, log_library)
                     rates = rates if background is None else rates + background
                 if library_size == "latent":
-                    rates = rates * self.module.library(name, block.counts[name], block.batch).mean.exp()
+                    rates = rates * log_library.exp()
                 else:
                     rates = rates / rates.sum(dim=1, keepdim=True) * library_size
                 result[block.rows] = to_numpy(rates)[:, columns]
@@ -231,18 +233,40 @@ class Getters(RegularizedModel):
         name, background = self._background(modality)
         with torch.inference_mode():
             tables = [to_numpy(table.exp()).astype(np.float64) for table in background.tables()]
-        columns = list(self._keys.ambient)
-        index: pd.Index
-        if len(columns) == 1:
-            index = pd.Index(self._categories[columns[0]], name=columns[0])
-        elif columns:
-            pairs = [(column, category) for column in columns for category in self._categories[column]]
-            index = pd.MultiIndex.from_tuples(pairs, names=["covariate", "category"])
-        else:
-            index = pd.Index(["all_cells"])
         profile = np.vstack(tables)
         profile /= profile.sum(axis=1, keepdims=True)
-        return pd.DataFrame(profile, index=index, columns=self._features[name])
+        return pd.DataFrame(profile, index=self._ambient_index(), columns=self._features[name])
+
+    def get_ambient_rate(self, *, modality: str | None = None) -> pd.DataFrame:
+        """Share of ambient RNA in the counts of each category.
+
+        Parameters
+        ----------
+        modality
+            Name; may be left out where there is one.
+
+        Returns
+        -------
+        One row per category, as in :meth:`get_ambient_profile`: ``rate``; ``low`` and ``high``, an interval of about
+        95 %; ``identified``, whether counts tell the rate at all (:func:`~cellstill.vi.soup.estimate_soup`). Where they
+        do not, ``rate`` is that of the other categories, or 0, and ``high`` is what it cannot be above.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The modality has no background of the form ``"profile"``.
+        """
+        name, background = self._background(modality)
+        if not isinstance(background, ProfileBackground):
+            raise InvalidArgumentError(
+                f"The background of {name!r} is free: it has no rate. Give the model background='profile'."
+            )
+        frames = []
+        for soup in map(background.of, range(len(background.soups))):
+            low, high = to_numpy(soup.interval).T
+            frame = {"rate": to_numpy(soup.rate), "low": low, "high": high, "identified": to_numpy(soup.identified)}
+            frames.append(pd.DataFrame(frame))
+        return pd.concat(frames).set_axis(self._ambient_index(), axis=0)
 
     def get_ambient_fraction(
         self,
@@ -265,13 +289,14 @@ class Getters(RegularizedModel):
         """
         self._require_trained()
         name, _ = self._background(modality)
-        cells = self._cells(adata)[indices]
+        cells = self._cells(adata, counts=False)[indices]
         fraction = np.empty(len(cells))
         for block in blocks(self.module, cells, batch_size):
-            part = self.module.modality(name)
-            background = part.background_of(block.batch)
+            counts = block.counts[name]
+            log_library = self.module.library(name, counts, block.batch).mean
+            background = self.module.background_of(name, counts, block.batch, log_library)
             assert background is not None
-            native = part.native(block.latent.mean, block.batch)
+            native = self.module.modality(name).native(block.latent.mean, block.batch)
             fraction[block.rows] = to_numpy(
                 (background / (native.sum(dim=1, keepdim=True) + background.sum(dim=1, keepdim=True))).sum(dim=1)
             )
@@ -289,8 +314,11 @@ class Getters(RegularizedModel):
     ) -> sp.csr_matrix:
         r"""Counts without ambient background, never above the observed ones.
 
-        Given its observed count, the native part of a negative binomial whose mean is a sum is binomial, with the share
-        :math:`\rho / (\rho + b)` of the native mean: expectation and draws are exact at the posterior mean of z.
+        At the posterior mean of z, given the observed counts: the native part is negative binomial with mean
+        :math:`l \rho y`, a background of the form ``"profile"`` is Poisson with mean :math:`l b y`, and the native part
+        of their sum follows by Bayes (:func:`~cellstill.data.soup.expected_native`), exactly. A ``"free"`` background
+        shares the native part's fluctuations, as published; the native part is then binomial with the share
+        :math:`\rho / (\rho + b)`.
 
         Parameters
         ----------
@@ -312,27 +340,14 @@ class Getters(RegularizedModel):
         if self.module.modality(name).background is None:
             return counts
         rng = np.random.default_rng(seed)
-        for rows, share in self._native_shares(name, cells, batch_size):
+        for block in blocks(self.module, cells, batch_size):
+            rows = block.rows
             stored = slice(counts.indptr[rows.start], counts.indptr[rows.stop])
-            kept = share[
-                np.repeat(np.arange(len(share)), np.diff(counts.indptr[rows.start : rows.stop + 1])),
-                counts.indices[stored],
-            ]
-            observed = counts.data[stored]
-            if integer:
-                # Fractional counts, which users may allow, are thinned in their whole part.
-                drawn = rng.binomial(np.floor(observed).astype(np.int64), np.clip(kept, 0.0, 1.0))
-                counts.data[stored] = drawn
-            else:
-                counts.data[stored] = np.minimum(observed * kept, observed)
+            lengths = np.diff(counts.indptr[rows.start : rows.stop + 1])
+            parts = expected_parts(self.module, name, block, np.repeat(np.arange(len(lengths)), lengths))
+            counts.data[stored] = parts.native_counts(counts.data[stored], rng if integer else None)
         counts.eliminate_zeros()
         return counts
-
-    def _native_shares(self, name: str, cells: Cells, batch_size: int) -> Iterator[tuple[slice, np.ndarray]]:
-        for block in blocks(self.module, cells, batch_size):
-            share = native_share(self.module, name, block.latent.mean, block.batch)
-            assert share is not None
-            yield block.rows, to_numpy(share)
 
     def _modality(self, name: str | None) -> str:
         names = self.modality_names
@@ -343,13 +358,23 @@ class Getters(RegularizedModel):
         check_option("modality", name, names)
         return name
 
+    def _ambient_index(self) -> pd.Index:
+        """Categories of the ambient covariates."""
+        columns = list(self._keys.ambient)
+        if not columns:
+            return pd.Index(["all_cells"])
+        if len(columns) == 1:
+            return pd.Index(self._categories[columns[0]], name=columns[0])
+        pairs = [(column, category) for column in columns for category in self._categories[column]]
+        return pd.MultiIndex.from_tuples(pairs, names=["covariate", "category"])
+
     def _background(self, modality: str | None) -> tuple[str, Any]:
         self._require_trained()
         name = self._modality(modality)
         background = self.module.modality(name).background
         if background is None:
             raise InvalidArgumentError(
-                f"The modality {name!r} has no ambient background. Give the model one: background='free'."
+                f"The modality {name!r} has no ambient background. Give the model one: background='profile'."
             )
         return name, background
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cellstill.nn.priors import lognormal_exponential_kl
+from cellstill.nn.priors import gamma_of_log, lognormal_exponential_kl
 from cellstill.nn.sparse import CSRRows
 from cellstill.vi.networks import GaussianEncoder, Trunk
 
@@ -34,7 +34,7 @@ class Library(nn.Module):
 
     with the sensitivity s, and :math:`\mu_p, \sigma^2_p` mean and variance of the centred :math:`\log N` in the cell's
     group. Without the residual form the second term is left out. q(w_r) is LogNormal, its prior Exponential(1), and its
-    mean starts at 1.
+    mean starts at 1. Where s is learned, it starts at the sensitivity :math:`s_0`, with the prior Gamma(5, 5 / s_0).
 
     Parameters
     ----------
@@ -50,6 +50,8 @@ class Library(nn.Module):
         w. Larger lets library sizes stray further from the mean of their group.
     residual
         Use the observed total.
+    learn_scale
+        Learn s.
     """
 
     center: torch.Tensor
@@ -69,6 +71,7 @@ class Library(nn.Module):
         sensitivity: float,
         variance_weight: float,
         residual: bool,
+        learn_scale: bool = False,
     ) -> None:
         super().__init__()
         self.column, self.variance_weight, self.log_sensitivity = column, variance_weight, math.log(sensitivity)
@@ -83,6 +86,7 @@ class Library(nn.Module):
             self.weight = nn.ParameterDict(
                 {"mean": nn.Parameter(torch.tensor(mean)), "log_sigma": nn.Parameter(torch.tensor(log_sigma))}
             )
+        self.log_scale = nn.Parameter(torch.zeros(())) if learn_scale else None
         self.register_buffer("center", torch.zeros(()))
         self.register_buffer("group_mean", torch.zeros(n_groups))
         self.register_buffer("group_variance", torch.ones(n_groups))
@@ -92,12 +96,21 @@ class Library(nn.Module):
     ) -> LibraryPosterior:
         """Posterior and prior of cells with ``totals``, shape ``(n,)``, of at least 1."""
         mean, variance = self.encoder([x._replace(data=torch.log1p(x.data))], dense, codes)
-        mean = mean + self.log_sensitivity
+        log_scale = self.log_sensitivity if self.log_scale is None else self.log_sensitivity + self.log_scale
+        mean = mean + log_scale
         if self.weight is not None:
             mean = mean + self.residual_weight() * (totals.log() - self.center)[:, None]
         group = torch.zeros_like(totals, dtype=torch.int64) if self.column is None else codes[self.column]
-        prior_mean = self.group_mean[group, None] + self.log_sensitivity
+        prior_mean = self.group_mean[group, None] + log_scale
         return LibraryPosterior(mean, variance, prior_mean, self.variance_weight * self.group_variance[group, None])
+
+    def log_observed(self, totals: torch.Tensor) -> torch.Tensor:
+        """Observed totals on the scale of log l, shape ``(n, 1)``."""
+        return (totals.log() - self.center)[:, None] + self.log_sensitivity
+
+    def shift(self, log_unit: torch.Tensor) -> None:
+        """Move the means of all groups, which are relative to the center."""
+        self.group_mean += log_unit
 
     def residual_weight(self) -> torch.Tensor:
         """A draw of w_r in training, its mean otherwise."""
@@ -112,3 +125,8 @@ class Library(nn.Module):
         if self.weight is None:
             return self.center.new_zeros(())
         return self.variance_weight * lognormal_exponential_kl(self.weight["mean"], self.weight["log_sigma"].exp())
+
+    def scale_penalty(self) -> torch.Tensor:
+        """Gamma(5, 5) on s over the sensitivity, as a density of its logarithm, which settles at 1."""
+        assert self.log_scale is not None
+        return -gamma_of_log(self.log_scale, 5.0, 5.0)

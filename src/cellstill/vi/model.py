@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.genes import check_unique_genes
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.analysis import Analysis
-from cellstill.vi.config import Background, ModalityConfig
+from cellstill.vi.config import NATIVE_SPARSITY, Background, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
 
@@ -45,9 +45,17 @@ class AmbientRegularizedSCVI(Analysis):
     dropout_rate
         Probability of dropping an input of a hidden layer. Larger regularises more.
     background
-        Ambient background of each category of the ambient covariates: ``"free"`` learns it gene by gene, as
-        published: what it removes is close to its start, a fifth of the counts, because counts alone do not tell it
-        from low expression. ``None`` leaves it out.
+        Ambient background of each category of the ambient covariates: ``"profile"`` is a share of the counts, found in
+        the genes that some cells lack, with about the composition of all cells
+        (:class:`~cellstill.vi.ambient.ProfileBackground`). ``"free"`` learns it gene by gene, as published: what it
+        removes is close to its start, a fifth of the counts, because counts alone do not tell it from low expression.
+        ``None`` leaves it out.
+    ambient_rate
+        Known share of ambient RNA in the counts, such as one from empty droplets, instead of an estimate: of all cells,
+        or by category of the ambient covariates.
+    native_sparsity
+        Weight of the sparse prior on native expression beside a ``"profile"`` background, in cells: larger leaves less
+        of the genes that a cell has little of, and takes more for soup. 0 leaves it out.
     use_feature_scaling
         Give genes a factor for each category of the feature scaling covariates, or one factor without any. ``None``
         does where such covariates were named.
@@ -73,6 +81,28 @@ class AmbientRegularizedSCVI(Analysis):
         Weight of the decoder's squared weights. Larger is smoother.
     theta_sampling
         Draw inverse dispersions once per ``"minibatch"``, which is faster, or per ``"cell"``.
+    z_sparsity
+        Put the prior Gamma(``z_sparsity`` / n_latent, 1) on the magnitudes of z, times their Normal: about so many
+        dimensions are then large in a cell. Smaller is sparser. ``None``, the default, as for those that follow, leaves
+        it out. Evidence (:meth:`get_elbo`) is that of the Normal prior, without the three penalties of sparsity.
+    z_horseshoe
+        Put a horseshoe of this scale on z, times its Normal: most values near 0, and few of them held back. Smaller is
+        sparser.
+    hidden_sparsity
+        Put the prior Gamma(``hidden_sparsity`` / n_hidden, 1) on the activations of the decoder's last hidden layer:
+        about so many are then large in a cell. Smaller is sparser.
+    ard
+        Learn the prior variance of each dimension of z (automatic relevance determination); dimensions that are not
+        needed shrink towards this standard deviation, in the course of hundreds of epochs. Smaller shrinks them
+        further; 0.1 is one to try.
+    decoder_weight_l1
+        Weight of the magnitudes of the decoder's weights. Larger brings more of them to 0.
+    modality_scaling
+        Learn the scale of library sizes, with the prior Gamma(5, 5 / sensitivity), instead of fixing it at
+        ``sensitivity``.
+    dispersion_start
+        Start inverse dispersions from the spread of the counts, of which this share is left to z: 0.9 is the published
+        one. Larger starts closer to Poisson. ``None`` starts them all at 9.
     seed
         Seeds initial weights, split, shuffling, dropout and draws.
 
@@ -98,7 +128,8 @@ class AmbientRegularizedSCVI(Analysis):
         n_latent: int = 128,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
-        background: Background | None = "free",
+        background: Background | None = "profile",
+        ambient_rate: float | Mapping[str, float] | None = None,
         use_feature_scaling: bool | None = None,
         use_batch_in_decoder: bool = False,
         likelihood: Literal["negative_binomial", "poisson"] = "negative_binomial",
@@ -109,8 +140,16 @@ class AmbientRegularizedSCVI(Analysis):
         residual_library: bool = True,
         regularise_background: bool = False,
         regularise_dispersion: bool = True,
+        native_sparsity: float = NATIVE_SPARSITY,
         decoder_weight_l2: float = 0.1,
         theta_sampling: Literal["minibatch", "cell"] = "minibatch",
+        z_sparsity: float | None = None,
+        z_horseshoe: float | None = None,
+        hidden_sparsity: float | None = None,
+        ard: float | None = None,
+        decoder_weight_l1: float = 0.0,
+        modality_scaling: bool = False,
+        dispersion_start: float | None = None,
         seed: int = 0,
     ) -> None:
         cells = self._start(adata, None, seed, None)
@@ -137,10 +176,18 @@ class AmbientRegularizedSCVI(Analysis):
             residual_library=residual_library,
             regularise_background=regularise_background,
             regularise_dispersion=regularise_dispersion,
+            native_sparsity=native_sparsity,
             decoder_weight_l2=decoder_weight_l2,
             theta_sampling=theta_sampling,
+            z_sparsity=z_sparsity,
+            z_horseshoe=z_horseshoe,
+            hidden_sparsity=hidden_sparsity,
+            ard=ard,
+            decoder_weight_l1=decoder_weight_l1,
+            modality_scaling=modality_scaling,
+            dispersion_start=dispersion_start,
         )
-        self._build(config, cells)
+        self._build(config, cells, ambient_rate)
 
     @classmethod
     def setup_anndata(

@@ -14,12 +14,16 @@ from cellstill.nn.background import background_output
 from cellstill.nn.priors import normal_kl
 from cellstill.nn.sparse import CSRRows
 from cellstill.train.plans import Loss
+from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.library import Library, LibraryPosterior
 from cellstill.vi.networks import GaussianEncoder, Trunk
 from cellstill.vi.parts import Background, Dispersion, FeatureScaling, NoOverdispersion
+from cellstill.vi.penalties import Relevance, dimensions_present, penalties_of_z, penalty_of_hidden
 
 Batch = Mapping[str, torch.Tensor]
+
+_CELLS_OF_PENALTY = 16
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,12 @@ class Modality(nn.Module):
             sensitivity=config.sensitivity,
             variance_weight=shared.library_variance_weight,
             residual=shared.residual_library,
+            learn_scale=shared.modality_scaling,
         )
-        self.background = None if config.background is None else Background(sizes(shared.ambient), n_vars)
+        self.background: Background | ProfileBackground | None = None
+        if config.background is not None:
+            form = ProfileBackground if config.background == "profile" else Background
+            self.background = form(sizes(shared.ambient), n_vars)
         self.scaling = FeatureScaling(sizes(shared.feature_scaling), n_vars) if config.feature_scaling else None
         n_groups = 1 if shared.dispersion is None else shared.categories[shared.dispersion]
         if config.likelihood == "poisson":
@@ -100,11 +108,30 @@ class Modality(nn.Module):
 
     def native(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Native expression rho, shape ``(n, n_vars)``."""
-        return nn.functional.softplus(self.output(self.features(z, batch)).float())
+        return self.native_of(self.features(z, batch))
 
-    def background_of(self, batch: Batch) -> torch.Tensor | None:
+    def native_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Native expression from what the output layer sees."""
+        return nn.functional.softplus(self.output(features).float())
+
+    @property
+    def has_profile(self) -> bool:
+        """Whether the background is of the form ``"profile"``."""
+        return isinstance(self.background, ProfileBackground)
+
+    def native_penalty(self, features: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
+        """Penalty of native expression, the mean over some cells of a minibatch, which stand for all of them."""
+        assert isinstance(self.background, ProfileBackground)
+        n = min(len(features), _CELLS_OF_PENALTY)
+        penalty = self.background.native_penalty(self.native_of(features[:n]))
+        return penalty.mean() if present is None else (penalty * present[:n]).mean()
+
+    def background_of(self, batch: Batch, log_amount: torch.Tensor | None) -> torch.Tensor | None:
         """Background of cells, broadcast against ``(n, n_vars)``; ``None`` if there is none."""
-        return None if self.background is None else _rows(*self.background(batch)).exp()
+        if self.background is None:
+            return None
+        background = _rows(*self.background(batch))
+        return (background if log_amount is None else background + log_amount).exp()
 
     def scaling_of(self, batch: Batch) -> torch.Tensor | None:
         """Feature scaling of cells, as :meth:`background_of`."""
@@ -112,36 +139,52 @@ class Modality(nn.Module):
 
     def log_likelihood(
         self, z: torch.Tensor, log_library: torch.Tensor, x: CSRRows, batch: Batch, present: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over cells, to differentiate, and the value of each cell."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sum over cells, to differentiate, the value of each cell, and what the output layer saw."""
+        log_amount = self.log_amount(x, log_library)
         theta, group = self.dispersion(batch, x.n_rows)
         background, background_group = (None, None) if self.background is None else self.background(batch)
         scaling, scaling_group = (None, None) if self.scaling is None else self.scaling(batch)
+        features = self.features(z, batch)
         total, value = background_output(
-            *(self.features(z, batch), self.output.weight, self.output.bias, x, log_library, theta),
+            *(features, self.output.weight, self.output.bias, x, log_library[:, 0], theta),
             group=group,
             log_background=background,
             background_group=background_group,
+            log_amount=None if log_amount is None else log_amount[:, 0],
             log_scaling=scaling,
             scaling_group=scaling_group,
             cell_weight=present,
         )
-        return total, value if present is None else value * present
+        return total, value if present is None else value * present, features
+
+    def log_amount(self, x: CSRRows, log_library: torch.Tensor) -> torch.Tensor | None:
+        """Logarithm of the amount of background per unit of library size, shape ``(n, 1)``; ``None`` is 0.
+
+        Soup is a share of what was counted. The library size is not: it may grow while native expression shrinks.
+        """
+        return self.library.log_observed(total_counts(x)) - log_library if self.has_profile else None
 
     def penalties(self, config: VAEConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Negative log priors of what stands for the data as a whole."""
         if config.regularise_dispersion:
             yield "dispersion", self.dispersion.penalty()
-        if self.background is not None and config.regularise_background:
+        if isinstance(self.background, Background) and config.regularise_background:
             yield "background", self.background.penalty()
         if self.scaling is not None:
             yield "feature_scaling", self.scaling.penalty()
         if self.library.weight is not None:
             yield "library_weight", self.library.penalty()
+        if self.library.log_scale is not None:
+            yield "modality_scaling", self.library.scale_penalty()
+        hidden = (p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name)
+        weights = [*hidden, self.output.weight]
         if config.decoder_weight_l2:
-            weights = [p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name]
-            squares = torch.stack([weight.square().sum() for weight in [*weights, self.output.weight]])
+            squares = torch.stack([weight.square().sum() for weight in weights])
             yield "decoder_l2", config.decoder_weight_l2 * squares.sum()
+        if config.decoder_weight_l1:
+            magnitudes = torch.stack([weight.abs().sum() for weight in weights])
+            yield "decoder_l1", config.decoder_weight_l1 * magnitudes.sum()
 
 
 class RegularizedVAE(nn.Module):
@@ -188,6 +231,7 @@ class RegularizedVAE(nn.Module):
             )
             self.encoders.append(GaussianEncoder(trunk, first.n_hidden, first.n_latent))
         self.mixing = nn.Parameter(torch.zeros(len(names))) if config.latent_mode == "weighted_mean" else None
+        self.relevance = None if config.ard is None else Relevance(config.n_latent, config.ard)
 
     @property
     def global_parameters(self) -> frozenset[str]:
@@ -197,9 +241,21 @@ class RegularizedVAE(nn.Module):
             f"modalities.{i}.{name}"
             for i, modality in enumerate(self.modalities)
             for name, _ in modality.named_parameters()
-            if name.split(".")[0] in parts or name.startswith("library.weight.")
+            if name.split(".")[0] in parts or name.startswith(("library.weight.", "library.log_scale"))
         }
-        return frozenset(of_modalities if self.mixing is None else {*of_modalities, "mixing"})
+        shared = {name for name, _ in self.named_parameters() if name == "mixing" or name.startswith("relevance.")}
+        return frozenset(of_modalities | shared)
+
+    def by_parameter(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Give each parameter that belongs to one modality alone the modality's value; by the parameter's name."""
+        by_parameter = {}
+        for i, name in enumerate(self.config.modalities):
+            if name in values:
+                own = [f"modalities.{i}.", *([f"encoders.{i}."] if len(self.encoders) == len(self.modalities) else [])]
+                for parameter, _ in self.named_parameters():
+                    if parameter.startswith(tuple(own)):
+                        by_parameter[parameter] = values[name]
+        return by_parameter
 
     def modality(self, name: str) -> Modality:
         """Return the part of one modality."""
@@ -212,21 +268,31 @@ class RegularizedVAE(nn.Module):
             for name, modality in self.config.modalities.items()
         }
 
+    def prior_variance(self) -> torch.Tensor | float:
+        """Variance of the prior of z: 1, or that of each dimension, shape ``(n_latent,)``."""
+        return 1.0 if self.relevance is None else self.relevance.variance()
+
     def encode(self, rows: Mapping[str, CSRRows], batch: Batch) -> Latent:
-        """Posterior of z."""
+        """Posterior of z: that of the encoders, or the one that minified cells hold."""
+        prior = self.prior_variance()
+        if "latent/mean" in batch:
+            mean, variance = batch["latent/mean"], batch["latent/variance"]
+            return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior))
         seen = {name: self._encoder_input(name, x) for name, x in rows.items()}
         if self.config.latent_mode == "single_encoder":
             mean, variance = self.encoders[0](list(seen.values()), None, batch)
-            return Latent(mean, variance, normal_kl(mean, variance))
+            return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior))
         posteriors = [encoder([x], None, batch) for encoder, x in zip(self.encoders, seen.values(), strict=True)]
         present = [batch.get(f"{name}/present") for name in rows]
         if self.config.latent_mode == "weighted_mean":
-            return self._weighted_mean(posteriors, present)
+            return self._weighted_mean(posteriors, present, prior)
         means, variances, kl = [], [], torch.zeros(())
-        for (mean, variance), has in zip(posteriors, present, strict=True):
-            divergence = normal_kl(mean, variance)
+        widths = [one.n_latent for one in self.config.modalities.values()]
+        priors = [prior] * len(rows) if isinstance(prior, float) else prior.split(widths)
+        for (mean, variance), has, own in zip(posteriors, present, priors, strict=True):
+            divergence = normal_kl(mean, variance, 0.0, own)
             if has is not None:
-                mean, variance = mean * has[:, None], torch.where(has[:, None] > 0, variance, 1.0)
+                mean, variance = mean * has[:, None], torch.where(has[:, None] > 0, variance, own)
                 divergence = divergence * has
             means.append(mean)
             variances.append(variance)
@@ -234,9 +300,15 @@ class RegularizedVAE(nn.Module):
         return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
-        """Posterior of the log library size of a modality."""
-        totals = x.library_size().clamp(min=1.0)
-        return self.modality(name).library(x, totals, batch.get("continuous"), batch)
+        """Posterior of the log library size of a modality, as :meth:`encode`."""
+        found = self.modality(name).library(x, total_counts(x), batch.get("continuous"), batch)
+        stored = batch.get(f"{name}/library")
+        return found if stored is None else found._replace(mean=stored[:, :1], variance=stored[:, 1:])
+
+    def background_of(self, name: str, x: CSRRows, batch: Batch, log_library: torch.Tensor) -> torch.Tensor | None:
+        """Background of cells per unit of library size, as :meth:`Modality.background_of`."""
+        modality = self.modality(name)
+        return modality.background_of(batch, modality.log_amount(x, log_library))
 
     def loss(
         self, batch: Batch, kl_weight: float = 1.0, n_obs: int | None = None, skip_n_obs_check: bool = False
@@ -248,7 +320,7 @@ class RegularizedVAE(nn.Module):
         batch
             Minibatch.
         kl_weight
-            Weight of the divergence of z.
+            Weight of the divergence of z, and of the sparsity of z and of hidden activations.
         n_obs
             Number of training cells.
         skip_n_obs_check
@@ -269,33 +341,57 @@ class RegularizedVAE(nn.Module):
         latent = self.encode(rows, batch)
         z = latent.sample()
         total, per_cell = -kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
-        terms = {"kl_z": latent.kl.detach().sum()}
+        terms, native = {"kl_z": latent.kl.detach().sum()}, {}
+        for term, penalty in penalties_of_z(self.config, z, self._dimensions_present(batch)):
+            total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
+            terms[term] = penalty.detach().sum()
         for name, x in rows.items():
             modality, present = self.modality(name), batch.get(f"{name}/present")
             library = self.library(name, x, batch)
             kl = normal_kl(*library)
             kl = kl if present is None else kl * present
-            log_library = (library.mean + library.variance.sqrt() * torch.randn_like(library.mean))[:, 0]
-            summed, value = modality.log_likelihood(z, log_library, x, batch, present)
+            log_library = library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
+            summed, value, features = modality.log_likelihood(z, log_library, x, batch, present)
+            if self.config.hidden_sparsity is not None:
+                penalty = penalty_of_hidden(self.config.hidden_sparsity, features)
+                penalty = penalty if present is None else penalty * present
+                total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
+                terms[self._term("hidden_sparsity", name)] = penalty.detach().sum()
+            if modality.has_profile and self.config.native_sparsity:
+                native[name] = self.config.native_sparsity * modality.native_penalty(features, present)
             total = total + summed - kl.sum()
             per_cell = per_cell - value + kl.detach()
             terms[self._term("reconstruction_loss", name)] = -value.sum()
             terms[self._term("kl_l", name)] = kl.detach().sum()
         objective = -total / n
+        for name, penalty in native.items():
+            objective = objective + penalty / n_obs
+            terms[self._term("native_sparsity", name)] = penalty.detach() * (n / n_obs)
         for name in rows:
             for term, penalty in self.modality(name).penalties(self.config):
                 objective = objective + penalty / n_obs
                 terms[self._term(term, name)] = penalty.detach() * (n / n_obs)
+        if self.relevance is not None:
+            penalty = self.relevance.penalty()
+            objective = objective + penalty / n_obs
+            terms["ard"] = penalty.detach() * (n / n_obs)
         return Loss(objective, per_cell, n, terms)
 
     def _encoder_input(self, name: str, x: CSRRows) -> CSRRows:
         if self.config.encoder_input == "log1p":
             return x._replace(data=torch.log1p(x.data))
-        scale = (self.modality(name).library.center - x.library_size().clamp(min=1.0).log()).exp()
+        scale = (self.modality(name).library.center - total_counts(x).log()).exp()
         scale = scale.repeat_interleave(x.indptr.diff(), output_size=len(x.data))
         return x._replace(data=torch.log1p(x.data * scale))
 
-    def _weighted_mean(self, posteriors: list, present: list) -> Latent:
+    def _dimensions_present(self, batch: Batch) -> torch.Tensor | None:
+        """Mask of the dimensions of z that cells have data for; ``None`` where z is of all modalities at once."""
+        if self.config.latent_mode != "concatenation":
+            return None
+        widths = {name: one.n_latent for name, one in self.config.modalities.items()}
+        return dimensions_present(widths, {name: batch.get(f"{name}/present") for name in widths})
+
+    def _weighted_mean(self, posteriors: list, present: list, prior: torch.Tensor | float) -> Latent:
         """Weighted mean of independent Normals, with the weights of the modalities that a cell has."""
         assert self.mixing is not None
         n = len(posteriors[0][0])
@@ -305,11 +401,16 @@ class RegularizedVAE(nn.Module):
         mean = sum(part[:, None] * m for part, (m, _) in zip(share.unbind(1), posteriors, strict=True))
         variance = sum(part[:, None].square() * v for part, (_, v) in zip(share.unbind(1), posteriors, strict=True))
         any_present = has.amax(dim=1)
-        variance = torch.where(any_present[:, None] > 0, variance, 1.0)
-        return Latent(mean, variance, normal_kl(mean, variance) * any_present)
+        variance = torch.where(any_present[:, None] > 0, variance, prior)
+        return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior) * any_present)
 
     def _term(self, term: str, modality: str) -> str:
         return term if len(self.modalities) == 1 else f"{term}_{modality}"
+
+
+def total_counts(x: CSRRows) -> torch.Tensor:
+    """Total of each cell, at least 1, shape ``(n,)``."""
+    return x.library_size().clamp(min=1.0)
 
 
 def _rows(table: torch.Tensor, group: torch.Tensor | None) -> torch.Tensor:

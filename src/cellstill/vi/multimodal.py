@@ -11,7 +11,7 @@ from cellstill.data.annotations import complete_obs
 from cellstill.errors import InvalidArgumentError, check_key
 from cellstill.vi.analysis import Analysis
 from cellstill.vi.cells import Cells
-from cellstill.vi.config import Background, LatentMode, ModalityConfig
+from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.roles import ROLES, resolve_roles
@@ -42,15 +42,22 @@ class RegularizedMultimodalVI(Analysis):
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`; a number, or a dictionary by modality, as are ``background``,
         ``use_feature_scaling``, ``likelihood`` and ``sensitivity``.
     background, use_feature_scaling
-        ``None`` follows the modality's role: background for RNA and protein, feature scaling for ATAC. A background of
-        ``False`` leaves it out.
+        ``None`` follows the modality's role: a ``"profile"`` background for RNA, a ``"free"`` one for protein, feature
+        scaling for ATAC. A background of ``False`` leaves it out.
+    ambient_rate
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`; of all modalities with a ``"profile"`` background.
     latent_mode
         ``"concatenation"``: each modality has a part of z, in the order of the names. ``"weighted_mean"``: one z, the
         mean of the modalities' posteriors with learned weights. ``"single_encoder"``: one z of one encoder.
     dropout_rate, use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
-    regularise_background, regularise_dispersion, decoder_weight_l2, theta_sampling, seed
+    regularise_background, regularise_dispersion, native_sparsity, decoder_weight_l2, theta_sampling, seed
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
+    z_sparsity, z_horseshoe, hidden_sparsity, ard, decoder_weight_l1, dispersion_start
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`; all are off by default. z is that of all modalities joined,
+        and every decoder has hidden activations.
+    modality_scaling
+        Learn a factor of each modality's library sizes, with the prior Gamma(5, 5 / sensitivity).
 
     Examples
     --------
@@ -69,6 +76,7 @@ class RegularizedMultimodalVI(Analysis):
         n_layers: int | Mapping[str, int] = 1,
         dropout_rate: float = 0.1,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
+        ambient_rate: float | Mapping[str, float] | None = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
         use_batch_in_decoder: bool = False,
         likelihood: str | Mapping[str, str] = "negative_binomial",
@@ -80,8 +88,16 @@ class RegularizedMultimodalVI(Analysis):
         residual_library: bool = True,
         regularise_background: bool = False,
         regularise_dispersion: bool = True,
+        native_sparsity: float = NATIVE_SPARSITY,
         decoder_weight_l2: float = 0.1,
         theta_sampling: Literal["minibatch", "cell"] = "minibatch",
+        z_sparsity: float | None = None,
+        z_horseshoe: float | None = None,
+        hidden_sparsity: float | None = None,
+        ard: float | None = None,
+        decoder_weight_l1: float = 0.0,
+        modality_scaling: bool = False,
+        dispersion_start: float | None = None,
         seed: int = 0,
     ) -> None:
         cells = self._start(mdata, None, seed, None)
@@ -103,7 +119,7 @@ class RegularizedMultimodalVI(Analysis):
             usual = ROLES[roles[name]]
             own_background = backgrounds[name]
             if own_background is None:
-                own_background = "free" if usual.background else False
+                own_background = usual.background or False
             own_scaling = usual.feature_scaling if scalings[name] is None else scalings[name]
             modalities[name] = ModalityConfig(
                 n_vars=len(self._features[name]),
@@ -122,10 +138,18 @@ class RegularizedMultimodalVI(Analysis):
             residual_library=residual_library,
             regularise_background=regularise_background,
             regularise_dispersion=regularise_dispersion,
+            native_sparsity=native_sparsity,
             decoder_weight_l2=decoder_weight_l2,
             theta_sampling=theta_sampling,
+            z_sparsity=z_sparsity,
+            z_horseshoe=z_horseshoe,
+            hidden_sparsity=hidden_sparsity,
+            ard=ard,
+            decoder_weight_l1=decoder_weight_l1,
+            modality_scaling=modality_scaling,
+            dispersion_start=dispersion_start,
         )
-        self._build(config, cells)
+        self._build(config, cells, ambient_rate)
 
     @classmethod
     def setup_anndata(cls, adata: AnnData, **settings: Any) -> None:

@@ -44,6 +44,12 @@ class Background(nn.Module):
         """Log background of the categories of each column."""
         return list(self.beta.tables)
 
+    def shift(self, log_factor: torch.Tensor) -> None:
+        """Multiply the background of all categories."""
+        with torch.no_grad():
+            for beta in self.beta.tables:
+                beta += log_factor
+
     def penalty(self) -> torch.Tensor:
         """Gamma(1, 100) on the background, as a density of its logarithm, which settles at 0.01."""
         return _negative_sum([gamma_of_log(beta, 1.0, 100.0) for beta in self.beta.tables])

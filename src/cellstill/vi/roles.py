@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.vi.config import Background
 
 Role = Literal["rna", "atac", "protein"]
 
@@ -15,17 +16,17 @@ Role = Literal["rna", "atac", "protein"]
 class RoleDefaults:
     """Parts of the model that a role has by default."""
 
-    background: bool
+    background: Background | None
     feature_scaling: bool
 
 
 ROLES: dict[str, RoleDefaults] = {
     # Ambient molecules are captured with the cell's own.
-    "rna": RoleDefaults(background=True, feature_scaling=False),
+    "rna": RoleDefaults(background="profile", feature_scaling=False),
     # Peaks differ by GC content, mappability and calling.
-    "atac": RoleDefaults(background=False, feature_scaling=True),
-    # Antibodies bind without their target.
-    "protein": RoleDefaults(background=True, feature_scaling=False),
+    "atac": RoleDefaults(background=None, feature_scaling=True),
+    # Antibodies bind without their target, and few kinds are counted: no rate can be told from those that lack one.
+    "protein": RoleDefaults(background="free", feature_scaling=False),
 }
 
 _NAMES: dict[str, tuple[str, ...]] = {

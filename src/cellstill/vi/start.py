@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.module import Modality, RegularizedVAE
-from cellstill.vi.parts import Background
+from cellstill.vi.moments import inverse_dispersion
+from cellstill.vi.parts import Background, Dispersion
+from cellstill.vi.rates import estimate_rates
 
 BACKGROUND_SHARE = 0.2
 """Share of the mean expression that the background starts with."""
@@ -25,12 +28,16 @@ def start_from_data(
     codes: Mapping[str, np.ndarray],
     present: Mapping[str, np.ndarray],
     cells: np.ndarray,
+    categories: Mapping[str, Sequence[str]] | None = None,
+    ambient_rate: float | Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> None:
     r"""Set library priors, decoder biases and backgrounds.
 
     With the library sizes that the model starts from, :math:`l_n = s N_n / e^{\overline{\log N}}`, native expression
-    starts at 0.8 and the background of each category at 0.2 of :math:`\sum_n x_{nf} / \sum_n l_n`; without background
-    native expression starts at all of it. Totals then match, whatever the sensitivity s.
+    starts at 0.8 and the background of each category at 0.2 of :math:`\sum_n x_{nf} / \sum_n l_n`; a background of the
+    form ``"profile"`` at the share that it has been given, and native expression at the
+    rest; without background native expression starts at all of it. Totals then match, whatever the sensitivity s.
 
     Parameters
     ----------
@@ -44,14 +51,30 @@ def start_from_data(
         Mask of the cells that have a modality; modalities that all cells have may be left out.
     cells
         Positions of the training cells.
+    categories
+        Names of the categories of each column.
+    ambient_rate
+        Known share of ambient RNA in the counts, of all cells or by category, instead of an estimate.
+    seed
+        Of the estimate of ambient rates.
+
+    Warns
+    -----
+    CellstillWarning
+        Counts do not identify an ambient rate.
     """
     for name, matrix in counts.items():
         has = cells if name not in present else cells[present[name][cells]]
         own = {column: values[has] for column, values in codes.items()}
-        _start_modality(module.modality(name), matrix[has], own)
+        modality = module.modality(name)
+        if isinstance(modality.background, ProfileBackground):
+            estimate_rates(modality.background, matrix[has], own, categories or {}, ambient_rate, seed)
+        _start_modality(modality, matrix[has], own, module.config.dispersion_start)
 
 
-def _start_modality(modality: Modality, counts: sp.csr_matrix, codes: Mapping[str, np.ndarray]) -> None:
+def _start_modality(
+    modality: Modality, counts: sp.csr_matrix, codes: Mapping[str, np.ndarray], biological_fraction: float | None
+) -> None:
     totals = np.maximum(np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(), 1.0)
     library = modality.library
     log_totals = np.log(totals)
@@ -66,15 +89,21 @@ def _start_modality(modality: Modality, counts: sp.csr_matrix, codes: Mapping[st
     size = math.exp(library.log_sensitivity) * totals / math.exp(center)
     background = modality.background
     everywhere = _expression(counts, size, np.zeros(len(totals), dtype=np.int64), 1)[0]
-    native = everywhere if background is None else (1 - BACKGROUND_SHARE) * everywhere
+    share = 0.0 if background is None else BACKGROUND_SHARE
+    if isinstance(background, ProfileBackground):
+        share = _start_soup(background, counts, size, codes)
+        background.typical.copy_(torch.from_numpy(everywhere))
+    native = (1 - share) * everywhere
     with torch.no_grad():
         library.center.fill_(center)
         library.group_mean.copy_(torch.from_numpy(means))
         library.group_variance.copy_(torch.from_numpy(variances))
         torch.nn.init.normal_(modality.output.weight, std=_OUTPUT_SD)
         modality.output.bias.copy_(torch.from_numpy(native + np.log(-np.expm1(-native))))
-        if background is not None:
+        if isinstance(background, Background):
             _start_background(background, counts, size, codes)
+        if biological_fraction is not None and isinstance(modality.dispersion, Dispersion):
+            _start_dispersion(modality.dispersion, counts, size, codes, biological_fraction)
 
 
 def _start_background(
@@ -85,6 +114,34 @@ def _start_background(
     for code, table in zip(codes_of, tables, strict=True):
         mean = _expression(counts, size, code, len(table))
         table.copy_(torch.from_numpy(np.log(BACKGROUND_SHARE / len(tables) * mean)))
+
+
+def _start_soup(
+    background: ProfileBackground, counts: sp.csr_matrix, size: np.ndarray, codes: Mapping[str, np.ndarray]
+) -> float:
+    """Set the soup of each category to its rate; returns its mean share over cells."""
+    share = 0.0
+    for position, column in enumerate(background.columns or [None]):
+        soup = background.of(position)
+        code = np.zeros(len(size), dtype=np.int64) if column is None else codes[column]
+        soup.start(_expression(counts, size, code, len(soup.rate)))
+        share += float(soup.rate.numpy()[code] @ size / size.sum())
+    return share
+
+
+def _start_dispersion(
+    dispersion: Dispersion,
+    counts: sp.csr_matrix,
+    size: np.ndarray,
+    codes: Mapping[str, np.ndarray],
+    biological_fraction: float,
+) -> None:
+    start = math.exp(float(dispersion.mean[0, 0]))
+    group = np.zeros(len(size), dtype=np.int64) if dispersion.column is None else codes[dispersion.column]
+    theta = inverse_dispersion(
+        counts, size, group, len(dispersion.mean), biological_fraction=biological_fraction, otherwise=start
+    )
+    dispersion.mean.copy_(torch.from_numpy(np.log(theta)))
 
 
 def _expression(counts: sp.csr_matrix, size: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:

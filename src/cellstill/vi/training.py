@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ class TrainingSettings:
 
     max_epochs: int
     lr: float
+    modality_lr: Mapping[str, float]
     weight_decay: float
     batch_size: int
     kl_warmup: int | float | None
@@ -68,6 +70,7 @@ def train_module(
             *loaders,
             max_epochs=settings.max_epochs,
             lr=settings.lr,
+            own_lr=module.by_parameter(settings.modality_lr),
             weight_decay=settings.weight_decay,
             kl_warmup=settings.kl_warmup,
             patience=settings.patience,

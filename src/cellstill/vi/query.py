@@ -1,0 +1,132 @@
+"""New cells for a trained model: batches that it has not seen, learned with everything else frozen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from cellstill._compat.scvi import MINIFIED, minified_type
+from cellstill.data.annotations import complete_obs, is_mudata
+from cellstill.errors import InvalidArgumentError
+from cellstill.vi.cells import Cells, code_of
+from cellstill.vi.differential import Differential
+from cellstill.vi.growth import grow
+from cellstill.vi.rates import Rate
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+_log = logging.getLogger("cellstill")
+
+
+class Query(Differential):
+    """Mapping of new data by both regularised models."""
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: AnnData | MuData,
+        reference_model: Self | str | os.PathLike[str],
+        *,
+        unfrozen: bool = False,
+        ambient_rate: Rate = None,
+        min_gene_overlap: float = 0.5,
+    ) -> Self:
+        """Make a model of new cells from a trained one, whose covariates may have new categories.
+
+        Every new category gets rows of its own in what its covariate is for: ambient background and library prior start
+        from the new cells, decoder input, feature scaling and dispersion at the mean of the known categories.
+        :meth:`train` then learns these rows; all else is frozen, and latents of known cells stay what they were, bit
+        for bit (architecture surgery: Lotfollahi et al., Nat. Biotechnol. 40:121, 2022). Latents of new cells are those
+        that the reference gives them, unless encoders are told a covariate (``encoder_covariate_keys``).
+
+        Parameters
+        ----------
+        adata
+            New cells, with the columns and layers that the reference was set up with, which are set up here.
+            Features are matched by name; missing ones count as zero. Not a view.
+        reference_model
+            Trained model of this class, or the folder that one was saved to. It is not changed.
+        unfrozen
+            Train everything. Known cells then move.
+        ambient_rate
+            Known share of ambient RNA in the new cells, as for the model itself; otherwise it is estimated.
+        min_gene_overlap
+            Smallest share of the model's features that each modality must have. Larger is safer.
+
+        Returns
+        -------
+        A model of the new cells, to be trained; trained already where nothing new is to be learned.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The reference is of another class, or ``adata`` a view.
+        NotTrainedError
+            The reference is not trained.
+        StoreError
+            The folder is absent or damaged, or holds another class.
+        MissingKeyError, InvalidCountsError, GeneMismatchError
+            The data do not fit the reference.
+
+        Warns
+        -----
+        CellstillWarning
+            Features are missing, or counts do not identify an ambient rate.
+        """
+        reference = cls._reference(reference_model)
+        if adata.is_view:
+            raise InvalidArgumentError("adata is a view of other data. Pass a copy: adata.copy().")
+        if minified_type(adata) == MINIFIED:
+            raise InvalidArgumentError("adata is minified, and mapping needs counts. Give cells with counts.")
+        keys, setup = reference._keys, reference._setup
+        used = {*keys.columns, *keys.continuous}
+        if is_mudata(adata):
+            complete_obs(adata, {column: name for column, name in keys.arguments.items() if column in used})
+        cells = Cells.read(
+            adata,
+            keys,
+            layers=reference._layers,
+            features=reference._features,
+            categories=reference._categories,
+            scales=reference._scales,
+            extend=True,
+            allow_missing_modalities=len(reference._layers) > 1,
+            allow_noninteger=setup["allow_noninteger"],
+            min_gene_overlap=min_gene_overlap,
+        )
+        cls._register(adata, keys, setup, cls._registry_of(setup, reference._categories), extend=True)
+        known = {"features": reference._features, "categories": cells.categories, "scales": reference._scales}
+        model = cls.__new__(cls)
+        model._start(adata, None, reference.seed, known)
+        counted = [name for name, has in cells.present.items() if has.any()]
+        sizes = {code_of(column): len(names) for column, names in cells.categories.items()}
+        config = replace(reference.module.config, categories=sizes)
+        model._build(config, replace(cells, counts={name: cells.counts[name] for name in counted}), ambient_rate)
+        model.module.to(reference.device)
+        known_rows = grow(reference.module, model.module, counted)
+        if not unfrozen:
+            model._take_only_new(known_rows)
+        if not unfrozen and not known_rows:
+            _log.info("The query has no new category that anything is learned for: the model is ready as it is.")
+            model.is_trained_ = True
+            model.history_ = {}
+            nothing = np.empty(0, dtype=np.int64)
+            model.train_indices_, model.validation_indices_, model.test_indices_ = nothing, nothing, nothing
+        return model
+
+    @classmethod
+    def _reference(cls, reference_model: Any) -> Self:
+        if isinstance(reference_model, (str, os.PathLike)):
+            reference_model = cls._load(reference_model, None)
+        if type(reference_model) is not cls:
+            raise InvalidArgumentError(
+                f"reference_model is a {type(reference_model).__name__}, not a {cls.__name__} or the folder of one."
+            )
+        reference_model._require_trained()
+        return reference_model

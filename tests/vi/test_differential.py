@@ -1,0 +1,178 @@
+"""Differential expression of both models: known fold changes are found, what does not differ is not called."""
+
+from __future__ import annotations
+
+import warnings
+
+import mudata
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
+from cellstill.data import simulate_counts
+from cellstill.de import BayesianConfig, PseudobulkConfig
+from cellstill.errors import InvalidArgumentError, MissingKeyError
+from cellstill.vi.differential import posterior_draws
+
+pytestmark = pytest.mark.filterwarnings("ignore:From 0.4:FutureWarning")
+
+BOTH = pytest.mark.parametrize(
+    "how", [PseudobulkConfig(), BayesianConfig(n_samples=20)], ids=["pseudobulk", "bayesian"]
+)
+
+
+def truth(simulated):
+    """True log2 fold changes between the types, and the genes that have one."""
+    log_mean = simulated.varm["cell_type_log_mean"]
+    var = simulated.var
+    lfc = ((log_mean["type_0"] - log_mean["type_1"]) / np.log(2)).to_numpy()
+    return lfc, (var["is_marker_type_0"] | var["is_marker_type_1"]).to_numpy()
+
+
+def expressed(simulated):
+    return np.asarray(simulated.X.mean(axis=0)).ravel() > 1
+
+
+@BOTH
+def test_known_fold_changes_are_recovered(trained, two_types, how):
+    result = trained.differential_expression("cell_type", "type_0", "type_1", "donor", how)
+    table = result.table
+    assert table["gene"].tolist() == two_types.var_names.tolist()
+    assert result.design == "~ donor + cell_type"
+    found = table["lfc" if "lfc" in table else "lfc_mean"].to_numpy()
+    true, differs = truth(two_types)
+    shown = differs & expressed(two_types)
+    fit = stats.linregress(true[shown], found[shown])
+    assert fit.rvalue > 0.98
+    assert fit.slope == pytest.approx(1, abs=0.1)
+    assert stats.spearmanr(true[shown], found[shown]).statistic > 0.98
+    called = table["is_de"].to_numpy()
+    assert called[shown & (np.abs(true) > 0.7)].all()
+    assert (called & ~differs).sum() <= 0.05 * called.sum() + 1
+    if "ci_low" in table:
+        # Draws of z alone, which take the decoder for known, cover 6 %.
+        assert ((table["ci_low"] < true) & (true < table["ci_high"])).mean() > 0.8
+
+
+@BOTH
+def test_nothing_is_called_where_nothing_differs(trained, how):
+    result = trained.differential_expression("condition", "treat", "ctrl", "donor", how)
+    assert result.design == "~ batch + condition"
+    assert result.table["is_de"].sum() <= 1
+    assert result.n_samples == {"treat": 4, "ctrl": 4}
+
+
+@pytest.mark.parametrize("batch_size", [4, 512])
+def test_draws_are_native_expression_at_draws_of_z(trained, batch_size):
+    wanted = np.array([3, 8, 21, 40, 41, 42, 100, 101, 300])
+    is_first = np.arange(9) % 2 == 0
+    how = BayesianConfig(n_samples=2, batch_size=batch_size, seed=5)
+    targets = [{"code/batch": 0}, {"code/batch": 1}]
+    module = trained.module
+    mean, variance = trained.get_latent_representation(indices=wanted, return_dist=True)
+    counted = {"indices": wanted, "library_size": "latent", "return_numpy": True}
+    native = trained.get_normalized_expression(**counted)
+    whole = trained.get_normalized_expression(**counted, include_background=True)
+    theta = module.modality("rna").dispersion.mean.detach().exp().numpy()[trained._cells().codes["batch"][wanted]]
+    each = native**2 / (whole + whole**2 / theta)
+    information = np.stack([each[is_first].sum(axis=0), each[~is_first].sum(axis=0)])
+    rng = np.random.default_rng(5)
+    for draw in posterior_draws(module, "rna", trained._cells(), wanted, is_first, targets, how):
+        factors = np.exp(rng.standard_normal(information.shape) / np.sqrt(1 + information))
+        chunks = list(draw)
+        rows, rates = np.concatenate([part[0] for part in chunks]), np.vstack([part[1] for part in chunks])
+        np.testing.assert_array_equal(rows, wanted)
+        z = torch.from_numpy(mean + np.sqrt(variance) * rng.standard_normal(mean.shape, dtype=np.float32))
+        with torch.no_grad():
+            decoded = [
+                module.modality("rna").native(z, {"code/batch": torch.full((len(wanted),), code)}) for code in (0, 1)
+            ]
+        expected = torch.stack(decoded).mean(dim=0).numpy() * np.where(is_first[:, None], *factors)
+        np.testing.assert_allclose(rates, expected / expected.sum(axis=1, keepdims=True), rtol=1e-3)
+
+
+def test_cells_may_be_given_by_position_or_mask(trained):
+    obs = trained.adata.obs
+    first, second = ((obs["cell_type"] == kind).to_numpy() for kind in ("type_0", "type_1"))
+    how = BayesianConfig(n_samples=2)
+    by_name = trained.differential_expression("cell_type", "type_0", "type_1", "donor", how)
+    by_mask = trained.differential_expression(idx1=first, idx2=np.flatnonzero(second), sample_key="donor", how=how)
+    against_rest = trained.differential_expression(idx1=first, sample_key="donor", how=how)
+    rest = trained.differential_expression("cell_type", "type_0", sample_key="donor", how=how)
+    for other in (by_mask, against_rest, rest):
+        np.testing.assert_allclose(other.table["lfc_mean"], by_name.table["lfc_mean"], atol=1e-6)
+    assert tuple(by_mask.contrast) == ("idx", "idx1", "idx2")
+    assert tuple(rest.contrast) == ("cell_type", "type_0", "rest")
+
+
+def test_decoding_as_one_batch_can_be_asked_for_in_two_ways(trained):
+    def fold_changes(target=None, **settings):
+        how = BayesianConfig(n_samples=2, target_batch=target)
+        return trained.differential_expression("cell_type", "type_0", "type_1", "donor", how, **settings).table
+
+    one, other = fold_changes("batch_1"), fold_changes(transform_batch={"batch": "batch_1"})
+    np.testing.assert_array_equal(one["lfc_mean"], other["lfc_mean"])
+    average, both = fold_changes(), fold_changes(transform_batch=["batch_0", "batch_1"])
+    np.testing.assert_array_equal(average["lfc_mean"], both["lfc_mean"])
+    assert not np.allclose(one["lfc_mean"], average["lfc_mean"], atol=1e-4)
+
+
+def test_batch_terms_can_be_chosen(trained):
+    how = BayesianConfig(n_samples=2)
+    none = trained.differential_expression("condition", "treat", "ctrl", "donor", how, batch_keys=[])
+    assert none.design == "~ condition"
+    named = trained.differential_expression("condition", "treat", "ctrl", "donor", how, batch_keys="batch")
+    assert named.design == "~ batch + condition"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"groupby": "cell_type", "group1": "type_0"}, InvalidArgumentError, "sample_key is missing"),
+        ({"sample_key": "donor"}, InvalidArgumentError, "in one way"),
+        ({"groupby": "cell_type", "idx1": [0], "sample_key": "donor"}, InvalidArgumentError, "in one way"),
+        ({"groupby": "cell_type", "sample_key": "donor"}, InvalidArgumentError, "group1 is missing"),
+        ({"groupby": "cell_type", "group1": "type_9", "sample_key": "donor"}, InvalidArgumentError, "type_0"),
+        ({"groupby": "kind", "group1": "a", "sample_key": "donor"}, MissingKeyError, "groupby='kind'"),
+        ({"idx1": [0, 1], "idx2": [1, 2], "sample_key": "donor"}, InvalidArgumentError, "1 cells in common"),
+        (
+            {"groupby": "condition", "group1": "treat", "group2": "ctrl", "sample_key": "donor", "modality": "atac"},
+            InvalidArgumentError,
+            "modality='atac'",
+        ),
+    ],
+    ids=["no_samples", "no_cells", "cells_twice", "no_group", "unknown_group", "no_column", "overlap", "modality"],
+)
+def test_bad_input_is_named(trained, settings, error, message):
+    with pytest.raises(error, match=message):
+        trained.differential_expression(**settings)
+
+
+def test_a_column_of_samples_is_no_batch_term(two_types):
+    """Where every sample is its own batch, as is common, the samples stand for the batches."""
+    adata = two_types[:, :20].copy()
+    adata.obs["lane"] = adata.obs["donor"].astype(str) + "_lane"
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, n_hidden=8, n_latent=2, background=None).train(max_epochs=1)
+    result = model.differential_expression("condition", "treat", "ctrl", "donor")
+    assert result.design == "~ condition"
+
+
+@BOTH
+def test_each_modality_is_compared_among_the_cells_that_have_it(how):
+    rna = simulate_counts(n_obs=300, n_vars=40, n_batches=1, n_cell_types=2, n_donors_per_group=4, seed=1)
+    second = simulate_counts(n_obs=300, n_vars=30, n_batches=1, n_cell_types=2, n_donors_per_group=4, seed=2)
+    second.var_names = [f"p{i}" for i in range(30)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        mdata = mudata.MuData({"rna": rna, "protein": second[:200].copy()})
+    mdata.obs["condition"], mdata.obs["donor"] = rna.obs["condition"].array, rna.obs["donor"].array
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    model = RegularizedMultimodalVI(mdata, n_hidden=8, n_latent=2, background=False).train(max_epochs=2)
+    result = model.differential_expression("condition", "treat", "ctrl", "donor", how, modality="protein")
+    assert len(result.table) == 30
+    assert sum(result.n_cells.values()) == 200
+    with pytest.raises(InvalidArgumentError, match="modality has to be named"):
+        model.differential_expression("condition", "treat", "ctrl", "donor", how)

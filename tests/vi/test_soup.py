@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy import optimize
+
+from cellstill.data import simulate_counts
+from cellstill.data.soup import add_soup
+from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.vi.soup import _GRID, _fit, _likelihood, _quantile, _spread, estimate_soup
+
+RATES = [0.0, 0.05, 0.2]
+
+
+@pytest.fixture(scope="module")
+def three_batches(blocks):
+    clean, kind = blocks(1500, 4, seed=0)
+    batch = np.arange(1500) % 3
+    return add_soup(clean, RATES, batch=batch, seed=0), batch, kind
+
+
+@pytest.fixture(scope="module")
+def estimate(three_batches):
+    dirty, batch, _ = three_batches
+    return estimate_soup(dirty.counts, batch, seed=0)
+
+
+def test_rates_are_found_batch_by_batch(three_batches, estimate):
+    dirty, _, _ = three_batches
+    assert estimate.identified.all()
+    np.testing.assert_allclose(estimate.rate[1:], dirty.realised_rate[1:], rtol=0.1)
+    low, high = estimate.interval.T
+    assert ((low[1:] <= dirty.realised_rate[1:]) & (dirty.realised_rate[1:] <= high[1:])).all()
+    assert (high - low < 0.05).all()
+    assert estimate.batches == (0, 1, 2)
+
+
+def test_cells_without_soup_have_none(estimate):
+    assert estimate.rate[0] < 0.005
+    assert estimate.interval[0, 1] < 0.02
+    assert estimate.bound[0] == estimate.rate[0]
+
+
+def test_the_profile_is_the_pooled_expression(three_batches, estimate):
+    dirty, batch, _ = three_batches
+    for code, profile in enumerate(estimate.profile):
+        pooled = dirty.counts[batch == code].toarray().sum(axis=0, dtype=float)
+        np.testing.assert_allclose(profile, pooled / pooled.sum(), rtol=1e-9)
+
+
+def test_known_types_give_the_same_rates(three_batches, estimate):
+    dirty, batch, kind = three_batches
+    known = estimate_soup(dirty.counts, batch, clusters=kind, seed=0)
+    np.testing.assert_allclose(known.rate[1:], estimate.rate[1:], rtol=0.1)
+
+
+def test_one_cell_type_identifies_nothing_and_says_so(blocks):
+    clean, _ = blocks(300, 1, seed=2, absent=0.0)
+    dirty = add_soup(clean, 0.1, seed=2)
+    with pytest.warns(CellstillWarning, match=r"not identified in 1 of 1 batches: 'all cells' \(at most 0\.\d\d\)"):
+        found = estimate_soup(dirty.counts, seed=0)
+    assert not found.identified[0]
+    assert np.isnan(found.rate[0])
+    assert found.interval[0, 0] == 0
+    assert found.interval[0, 1] >= 0.1
+    np.testing.assert_array_equal(found.start(), [0.0])
+    np.testing.assert_array_equal(found.start(otherwise=0.08), [0.08])
+
+
+def test_a_batch_of_one_type_borrows_from_the_others(blocks):
+    clean, kind = blocks(900, 5, seed=3)
+    batch = np.where(kind == 0, "pure", "mixed")
+    dirty = add_soup(clean, 0.1, batch=batch, profile=np.asarray(clean.sum(axis=0)).ravel(), seed=3)
+    with pytest.warns(CellstillWarning, match="'pure'"):
+        found = estimate_soup(dirty.counts, batch, seed=0)
+    pure = found.batches.index("pure")
+    assert not found.identified[pure]
+    assert found.start()[pure] == pytest.approx(found.rate[1 - pure])
+
+
+def test_too_few_counts_leave_the_rate_open(blocks):
+    clean, _ = blocks(60, 3, seed=4, library=50)
+    with pytest.warns(CellstillWarning, match="at most 1.00"):
+        found = estimate_soup(clean, seed=0)
+    np.testing.assert_array_equal(found.interval, [[0.0, 1.0]])
+
+
+def test_the_same_seed_repeats_itself(three_batches, estimate):
+    dirty, batch, _ = three_batches
+    again = estimate_soup(dirty.counts, batch, seed=0)
+    np.testing.assert_array_equal(again.rate, estimate.rate)
+    np.testing.assert_array_equal(again.interval, estimate.interval)
+
+
+def test_simulated_ambient_rna_of_the_project():
+    adata = simulate_counts(
+        n_obs=900, n_vars=400, n_batches=3, n_cell_types=5, ambient_fraction=(0.0, 0.1, 0.2), dropout_rate=0.0,
+        marker_log2fc_mean=5.0, marker_fraction=0.2, library_size_median=3000, seed=5,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CellstillWarning)
+        found = estimate_soup(adata.X, adata.obs["batch"], seed=0)
+    # Genes of one type keep 2^-5 of it elsewhere, which no method can tell from soup: the rate may sit that higher.
+    upper = found.interval[:, 1]
+    assert (np.diff(upper) > 0).all()
+    assert (upper >= [0.0, 0.1, 0.2]).all()
+
+
+def test_em_reaches_the_maximum_of_the_likelihood():
+    rng = np.random.default_rng(0)
+    expected = rng.uniform(20, 200, 200)
+    observed = rng.poisson(expected * rng.choice([0.1, 1.0], 200, p=[0.3, 0.7])).astype(float)
+    likelihood = _likelihood(observed, expected)
+    fitted = _fit(likelihood, np.ones(200), 5000)
+    assert fitted.sum() == pytest.approx(1)
+    # Kuhn and Tucker: at the maximum no value of the grid gains, and those with weight are at 1.
+    gradient = (likelihood / (likelihood @ fitted)[:, None]).mean(axis=0)
+    assert gradient.max() < 1 + 1e-3
+    near = (_GRID > 0.08) & (_GRID < 0.13)
+    share = optimize.minimize_scalar(
+        lambda w: -np.log(w * np.exp(observed * np.log(0.1) + 0.9 * expected) + 1 - w).sum(), bounds=(0, 1)
+    ).x
+    assert fitted[near].sum() == pytest.approx(share, abs=0.02)
+    assert _quantile(fitted, 0.005) == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.5])
+def test_spread_between_cells_by_moments(sd):
+    rng = np.random.default_rng(1)
+    n, rate = 4000, 0.1
+    profile = np.r_[np.full(20, 0.02), np.full(60, 0.01)]
+    native = np.where(np.arange(80) < 20, 0.0, 1.0) * profile / profile[20:].sum()
+    own = rate * np.exp(sd * rng.standard_normal(n) - sd**2 / 2)
+    x = rng.poisson(1000 * ((1 - own)[:, None] * native + own[:, None] * profile)).astype(np.float32)
+    mixture = np.where(np.abs(_GRID - rate) < 0.01, 0.5, 1e-3) + (np.abs(_GRID - 1.1) < 0.3) * 0.5
+    found = _spread([(np.zeros(n, dtype=int), sp.csr_matrix(x))], profile, rate, mixture / mixture.sum())
+    assert found == pytest.approx(sd, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"batch": ["a"]}, "batch must give one category"), ({"clusters": [0, 1, None]}, "clusters must give")],
+    ids=["batch", "clusters"],
+)
+def test_bad_input_names_the_argument(kwargs, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        estimate_soup(np.ones((3, 4)), **kwargs)
+
+
+def test_one_cell_is_too_few():
+    with pytest.raises(InvalidArgumentError, match="at least 2"):
+        estimate_soup(np.full((1, 4), 9.0))
