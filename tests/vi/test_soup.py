@@ -10,6 +10,7 @@ from scipy import optimize
 from cellstill.data import simulate_counts
 from cellstill.data.soup import add_soup
 from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.vi import soup
 from cellstill.vi.soup import _GRID, _fit, _likelihood, _quantile, _spread, estimate_soup
 
 RATES = [0.0, 0.05, 0.2]
@@ -107,6 +108,18 @@ def test_simulated_ambient_rna_of_the_project():
     upper = found.interval[:, 1]
     assert (np.diff(upper) > 0).all()
     assert (upper >= [0.0, 0.1, 0.2]).all()
+
+
+def test_some_cells_of_each_batch_stand_for_many(three_batches, estimate, monkeypatch):
+    dirty, batch, _ = three_batches
+    unequal = np.flatnonzero((batch < 2) | (np.arange(len(batch)) % 2 == 0))
+    monkeypatch.setattr(soup, "_MAX_CELLS", 1000)
+    monkeypatch.setattr(soup, "_CELLS_PER_CLUSTER", 15)
+    kept = soup._some_of_each(batch[unequal], 3, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.bincount(batch[unequal][kept]), [333, 333, (batch[unequal] == 2).sum()])
+    assert len(np.unique(kept)) == len(kept)
+    found = estimate_soup(dirty.counts[unequal], batch[unequal], seed=0)
+    np.testing.assert_allclose(found.rate[1:], estimate.rate[1:], rtol=0.15)
 
 
 def test_em_reaches_the_maximum_of_the_likelihood():

@@ -12,6 +12,7 @@ import rich.pretty  # noqa: F401  (scvi-tools 1.4 uses it in view_anndata_setup 
 import scvi
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager, AnnDataManagerValidationCheck
+from scvi.data._constants import _ADATA_MINIFY_TYPE_UNS_KEY, _MANAGER_UUID_KEY, _SCVI_UUID_KEY, ADATA_MINIFY_TYPE
 from scvi.data.fields import (
     CategoricalObsField,
     LayerField,
@@ -19,8 +20,11 @@ from scvi.data.fields import (
     MuDataNumericalJointObsField,
     MuDataWrapper,
     NumericalJointObsField,
+    NumericalObsField,
+    ObsmField,
+    StringUnsField,
 )
-from scvi.model.base import BaseModelClass
+from scvi.model.base import BaseMinifiedModeModelClass, BaseModelClass
 from scvi.model.base._base_model import BaseModelMetaClass
 
 if TYPE_CHECKING:
@@ -53,6 +57,53 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
         """Register a manager for as long as its AnnData lives."""
         adata_manager.adata.__dict__.setdefault("_cellstill_managers", {})[cls.__name__] = adata_manager
         super().register_manager(adata_manager)
+
+
+MINIFIED, MINIFIED_WITH_COUNTS = ADATA_MINIFY_TYPE
+"""What minified data hold: posteriors instead of counts, or beside them."""
+
+QZM, QZV = "vi_latent_qzm", "vi_latent_qzv"
+"""Keys of ``obsm`` with mean and variance of z."""
+
+QLM, QLV, TOTALS = "vi_latent_qlm", "vi_latent_qlv", "vi_totals"
+"""Keys of ``obsm`` with mean and variance of log library sizes, and observed totals: one column per modality."""
+
+
+OBSERVED_LIB_SIZE = BaseModelClass._OBSERVED_LIB_SIZE_KEY
+"""Column of ``obs`` of minified data with the total counts of a cell."""
+
+
+class MinifiableModel(RegisteredModel, BaseMinifiedModeModelClass):
+    """A model whose data may be minified: ``minified_data_type`` says how."""
+
+    def _replace_data(self, data: AnnData | MuData) -> None:
+        """Attach other registered data, and keep nothing of those before."""
+        before = self.adata_manager.adata_uuid
+        self._register_manager_for_instance(self._get_most_recent_anndata_manager(data, required=True))
+        self.adata = data
+        self._per_instance_manager_store[self.id].pop(before, None)
+
+
+def minified_type(data: AnnData | MuData) -> str | None:
+    """What minified data hold; ``None`` if data are not minified."""
+    found = data.uns.get(_ADATA_MINIFY_TYPE_UNS_KEY)
+    return None if found is None else str(found)
+
+
+def mark_minified(data: AnnData | MuData, kind: str) -> None:
+    """Say that data are minified, and that they are not those they were made from."""
+    for key in (_SCVI_UUID_KEY, _MANAGER_UUID_KEY):
+        data.uns.pop(key, None)
+    data.uns[_ADATA_MINIFY_TYPE_UNS_KEY] = kind
+
+
+def _posterior_fields() -> list[Any]:
+    of_z = {REGISTRY_KEYS.LATENT_QZM_KEY: QZM, REGISTRY_KEYS.LATENT_QZV_KEY: QZV}
+    return [
+        *[ObsmField(key, place) for key, place in {**of_z, "latent_qlm": QLM, "latent_qlv": QLV}.items()],
+        NumericalObsField(REGISTRY_KEYS.OBSERVED_LIB_SIZE, OBSERVED_LIB_SIZE),
+        StringUnsField(REGISTRY_KEYS.MINIFY_TYPE_KEY, _ADATA_MINIFY_TYPE_UNS_KEY),
+    ]
 
 
 class _ObservedCategories(CategoricalObsField):
@@ -148,6 +199,8 @@ def register(
     if continuous:
         joint_field = NumericalJointObsField if layers is None else MuDataNumericalJointObsField
         fields.append(joint_field(REGISTRY_KEYS.CONT_COVS_KEY, list(continuous)))
+    if minified_type(data) is not None:
+        fields += _posterior_fields()
     manager = AnnDataManager(
         fields=fields,
         setup_method_args={

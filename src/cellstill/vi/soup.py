@@ -46,6 +46,7 @@ _N_COMPS = 20
 _CELLS_PER_CLUSTER = 50
 _CLUSTERS = (4, 20)
 _N_ITER = 200
+_MAX_CELLS = 30_000
 _N_BOOTSTRAP, _N_ITER_BOOTSTRAP = 20, 25
 _MAX_CV_ERROR = 0.05
 
@@ -114,6 +115,8 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     rising. Where every gene is expressed in every type at, say, an eighth of its highest level, that eighth looks like
     soup to this and any other method that knows the counts alone.
 
+    Of more than 30,000 cells about as many are drawn, evenly from all batches.
+
     Counts of cells that were contaminated before anything was added to them contain that soup as well: the estimate
     is of all of it.
 
@@ -149,13 +152,13 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     """
     x = as_csr(counts)
     codes, names = batch_codes(batch, x.shape[0])
+    known = None if clusters is None else batch_codes(clusters, x.shape[0], argument="clusters")[0]
     rng = np.random.default_rng(seed)
-    if clusters is None:
-        folds = list(_folds(x, rng))
-    else:
-        known, _ = batch_codes(clusters, x.shape[0], argument="clusters")
-        folds = [(known, x)]
     n = len(names)
+    if x.shape[0] > _MAX_CELLS:
+        kept = _some_of_each(codes, n, rng)
+        x, codes, known = x[kept], codes[kept], None if known is None else known[kept]
+    folds = list(_folds(x, rng)) if known is None else [(known, x)]
     rate, bound, pile, spread = np.full(n, np.nan), np.ones(n), np.zeros(n), np.full(n, np.nan)
     interval, identified = np.tile([0.0, 1.0], (n, 1)), np.zeros(n, dtype=bool)
     profile = np.zeros((n, x.shape[1]))
@@ -186,6 +189,16 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     result = SoupEstimate(rate, bound, interval, identified, pile, profile, spread, tuple(names))
     _warn(result)
     return result
+
+
+def _some_of_each(codes: np.ndarray, n_batches: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw cells, as many of each batch as it has or as its share of the most."""
+    most = max(_MAX_CELLS // n_batches, _CELLS_PER_CLUSTER * _CLUSTERS[1])
+    order = rng.permutation(len(codes))
+    order = order[np.argsort(codes[order], kind="stable")]
+    size = np.bincount(codes, minlength=n_batches)
+    place = np.arange(len(codes)) - np.repeat(np.cumsum(size) - size, size)
+    return np.sort(order[place < most])
 
 
 def _folds(x: sp.csr_matrix, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
