@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,8 @@ def run_job(job: Mapping[str, Any], *, threads: int) -> JobResult:
     Parameters
     ----------
     job
-        ``method`` (a function of :mod:`_methods`), ``data`` (path of an h5ad file), ``seed``, ``settings``.
+        ``method`` (a function of :mod:`_methods`, or of ``module``), ``data`` (path of an h5ad or h5mu file), ``seed``,
+        ``settings``.
     threads
         CPUs that the process may use.
     """
@@ -151,15 +152,25 @@ def load_average() -> float:
 
 def median_rows(runs: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
     """Medians over the repeats of each method, in order of appearance; ``n_runs`` counts them."""
+    return _rows_over_runs("median", runs, by)
+
+
+def mean_rows(runs: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Means over the repeats of each method, in order of appearance; ``n_runs`` counts them."""
+    return _rows_over_runs("mean", runs, by)
+
+
+def _rows_over_runs(
+    statistic: Literal["mean", "median"], runs: Sequence[Mapping[str, Any]], by: Sequence[str]
+) -> list[dict[str, Any]]:
     if not runs:
         return []
-    frame = pd.DataFrame(runs)
-    groups = frame.groupby(list(by), sort=False, dropna=False)
-    medians = groups.median(numeric_only=True).drop(columns="seed", errors="ignore")
-    medians["n_runs"] = groups.size()
+    groups = pd.DataFrame(runs).groupby(list(by), sort=False, dropna=False)
+    found = getattr(groups, statistic)(numeric_only=True).drop(columns="seed", errors="ignore")
+    found["n_runs"] = groups.size()
     return [
         {str(key): None if pd.isna(value) else value for key, value in row.items()}
-        for row in medians.reset_index().to_dict(orient="records")
+        for row in found.reset_index().to_dict(orient="records")
     ]
 
 

@@ -32,12 +32,17 @@ class DataSet:
     labels_key: str = "cell_type"
 
 
-def cellbench(folder: Path, quick: bool) -> ad.AnnData:
-    return _real(folder / "cellbench_3cl_3tech.h5ad", quick)
+def stored(name: str) -> Callable[..., ad.AnnData]:
+    """Return a reader of a real data set."""
+
+    def read(folder: Path, quick: bool) -> ad.AnnData:
+        return real(folder / f"{name}.h5ad", quick)
+
+    return read
 
 
 def kang(folder: Path, quick: bool) -> ad.AnnData:
-    adata = _real(folder / "kang_pbmc.h5ad", quick)
+    adata = real(folder / "kang_pbmc.h5ad", quick)
     # Five cells that demultiplexing gave to nobody are no batch.
     return adata[adata.obs["donor"] != "unassigned"].copy()
 
@@ -65,8 +70,14 @@ def sized(n_obs: int, n_vars: int, counts_per_gene: float) -> Callable[..., ad.A
 
 
 DATA_SETS = {
-    "cellbench_3cl_3tech": DataSet("CellBench: 3 cell lines, batch = technology", "batch", None, cellbench),
+    "cellbench_3cl_3tech": DataSet(
+        "CellBench: 3 cell lines, batch = technology", "batch", None, stored("cellbench_3cl_3tech")
+    ),
     "kang_pbmc": DataSet("Kang PBMC: stimulated and control, batch = donor", "donor", "condition", kang),
+    "cellbench_3cl": DataSet(
+        "CellBench: 3 cell lines, 2 technologies, all genes", "batch", None, stored("cellbench_3cl")
+    ),
+    "onek1k_subset": DataSet("OneK1K: 29 pools, batch = pool", "batch", None, stored("onek1k_subset")),
     "simulated_70_50_30": DataSet(
         "Simulated: 3 batches, 70 / 50 / 30 % treated", "batch", "condition", simulated("simulated_70_50_30")
     ),
@@ -77,6 +88,9 @@ DATA_SETS = {
     "sparse": DataSet("Simulated: 3,000 x 1,000, 8 % not zero", "batch", None, sized(3000, 1000, 0.11)),
     "dense": DataSet("Simulated: 3,000 x 1,000, 48 % not zero", "batch", None, sized(3000, 1000, 2.0)),
 }
+
+BATCHED = ("cellbench_3cl_3tech", "kang_pbmc", "onek1k_subset", "cellbench_3cl")
+"""Real data sets that have batches."""
 
 
 def store(adata: ad.AnnData, path: Path) -> dict[str, Any]:
@@ -90,7 +104,8 @@ def store(adata: ad.AnnData, path: Path) -> dict[str, Any]:
     }
 
 
-def _real(path: Path, quick: bool) -> ad.AnnData:
+def real(path: Path, quick: bool) -> ad.AnnData:
+    """Read a real data set; ``quick`` keeps 600 cells and the 500 genes with most counts."""
     adata = ad.read_h5ad(path)
     if quick:
         adata = adata[np.random.default_rng(0).permutation(adata.n_obs)[:600]]

@@ -16,22 +16,30 @@ N_HIDDEN, N_LATENT = 128, 10
 
 
 class VAE(nn.Module):
-    """One hidden layer of 128 on each side, 10 latent dimensions, a negative binomial of softmax proportions.
+    """One hidden layer on each side (128, and 10 latent dimensions), a negative binomial of softmax proportions.
 
     ``dense=True`` makes every minibatch and all of the likelihood's terms dense, and leaves gradients to autograd.
     """
 
     global_parameters = frozenset({"log_theta"})
 
-    def __init__(self, n_vars: int, *, dense: bool = False, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        n_vars: int,
+        *,
+        n_hidden: int = N_HIDDEN,
+        n_latent: int = N_LATENT,
+        dense: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.n_vars, self.dense = n_vars, dense
-        self.encoder = MLP([n_vars, N_HIDDEN, 2 * N_LATENT], dropout=dropout, sparse_input=True)
-        self.decoder = MLP([N_LATENT, N_HIDDEN, n_vars], dropout=dropout, drop_input=False)
+        self.encoder = MLP([n_vars, n_hidden, 2 * n_latent], dropout=dropout, sparse_input=True)
+        self.decoder = MLP([n_latent, n_hidden, n_vars], dropout=dropout, drop_input=False)
         self.log_theta = nn.Parameter(torch.zeros(n_vars))
 
     def posterior(self, counts: CSRRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log variance of the latent, each of shape ``(n, 10)``."""
+        """Mean and log variance of the latent, each of shape ``(n, n_latent)``."""
         x = counts._replace(data=torch.log1p(counts.data))
         if not self.dense:
             return self.encoder(x).chunk(2, dim=1)

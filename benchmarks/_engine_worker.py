@@ -48,12 +48,13 @@ def cellstill(request: dict[str, Any]) -> dict[str, Any]:
     counts = load(request).X
     train, validation, _ = split_cells(counts.shape[0], 0.9, seed=SEED)
     size = request["batch_size"]
+    sizes = {key: request[key] for key in ("n_hidden", "n_latent") if key in request}
     with compiled(request["compile"]), seeded(SEED):
-        module = VAE(counts.shape[1], dense=request.get("dense", False))
+        module = VAE(counts.shape[1], dense=request.get("dense", False), **sizes)
         # Compiles, or loads what was compiled.
         fit(module, CountsLoader(counts, indices=train[: 2 * size], batch_size=size), max_epochs=1, patience=None)
         torch.manual_seed(SEED)
-        module = VAE(counts.shape[1], dense=request.get("dense", False))
+        module = VAE(counts.shape[1], dense=request.get("dense", False), **sizes)
         loader = CountsLoader(counts, indices=train, batch_size=size, shuffle=True, seed=SEED)
         before = resident_megabytes()
         reset_peak()

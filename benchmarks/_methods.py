@@ -69,7 +69,16 @@ def teacher(
     return lambda: ({"embedding": lesson.embedding}, lesson.record)
 
 
-def scvi(adata: AnnData, batch_key: str, seed: int, *, n_latent: int = 10, max_epochs: int | None = None) -> Finish:
+def scvi(
+    adata: AnnData,
+    batch_key: str,
+    seed: int,
+    *,
+    n_hidden: int = 128,
+    n_latent: int = 10,
+    max_epochs: int | None = None,
+    accelerator: str = "cpu",
+) -> Finish:
     """scVI, everything else at its defaults; epochs by its own rule, 400 at most."""
     import scvi as scvi_tools
 
@@ -77,8 +86,8 @@ def scvi(adata: AnnData, batch_key: str, seed: int, *, n_latent: int = 10, max_e
     scvi_tools.settings.verbosity = 40
     adata = adata.copy()
     scvi_tools.model.SCVI.setup_anndata(adata, batch_key=batch_key)
-    model = scvi_tools.model.SCVI(adata, n_latent=n_latent)
-    model.train(max_epochs=max_epochs, accelerator="cpu", enable_progress_bar=False)
+    model = scvi_tools.model.SCVI(adata, n_hidden=n_hidden, n_latent=n_latent)
+    model.train(max_epochs=max_epochs, accelerator=accelerator, enable_progress_bar=False)
     return lambda: ({"embedding": model.get_latent_representation()}, {"epochs": len(model.history["elbo_train"])})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.data.pca import PCAMethod, fit_pca
-from cellstill.metrics import integration_table, knn_accuracy
+from cellstill.metrics import integration_table, knn_accuracy, nearest_neighbours
 
 _FEWEST_CELLS = 50
 
@@ -24,6 +24,45 @@ def score(
         scores["condition_knn"] = knn_accuracy(embedding, obs[condition_key])
         scores["condition_knn_in_types"] = accuracy_within(embedding, obs[condition_key], obs[labels_key])
     return scores
+
+
+def neighbourhood_scores(embedding: np.ndarray, batch: pd.Series, labels: pd.Series) -> dict[str, float]:
+    """Graph connectivity and kBET of scib-metrics; a cell is its own first neighbour there.
+
+    Returns
+    -------
+    ``graph_connectivity`` of 15 neighbours; ``kbet``, the share of cells whose neighbourhood within their label
+    is not told from a sample of the label's batches at 5 %, mean over labels, by diffusion distances on the graph of 50
+    neighbours (what scib-metrics' Benchmarker reports); ``kbet_15`` and ``kbet_50``, the same share of the 15 and 50
+    nearest of all cells.
+    """
+    import scib_metrics
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    found = nearest_neighbours(embedding, min(_FEWEST_CELLS, len(embedding)) - 1)
+    indices = np.column_stack([np.arange(len(embedding)), found.indices])
+    distances = np.column_stack([np.zeros(len(embedding)), found.distances])
+    few, many = (NeighborsResults(indices=indices[:, :k], distances=distances[:, :k]) for k in (15, 50))
+    batches, types = batch.astype(str).to_numpy(), labels.astype(str).to_numpy()
+    return {
+        "graph_connectivity": float(scib_metrics.graph_connectivity(few, types)),
+        "kbet": float(scib_metrics.kbet_per_label(many, batches, types)),
+        "kbet_15": float(scib_metrics.kbet(few, batches)[0]),
+        "kbet_50": float(scib_metrics.kbet(many, batches)[0]),
+    }
+
+
+def prediction_scores(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Correlation over cells of log1p of predicted with log1p of true counts, and of their ranks; means over features.
+
+    A feature without any count has no correlation and is left out; one that is predicted to be constant has 0.
+    """
+    frames = pd.DataFrame(np.log1p(predicted)), pd.DataFrame(np.log1p(true))
+    varies = frames[1].std() > 0
+    return {
+        method: float(frames[0].corrwith(frames[1], method=method)[varies].fillna(0.0).mean())
+        for method in ("pearson", "spearman")
+    }
 
 
 def accuracy_within(embedding: np.ndarray, condition: pd.Series, labels: pd.Series) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 
 def main(request: dict) -> None:
@@ -17,24 +19,24 @@ def main(request: dict) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["threads"]])
     import _methods
-    import anndata as ad
     import numpy as np
 
     warnings.simplefilter("ignore")
     _methods.pin_threads(request["threads"])
-    method = getattr(_methods, request["method"])
-    _methods.import_libraries(request["method"])
+    methods = importlib.import_module(request.get("module", "_methods"))
+    method = getattr(methods, request["method"])
+    methods.import_libraries(request["method"])
     if request.get("warm_up", True):
         # A fit of a few cells loads what libraries import late, and so keeps it out of the seconds.
         tiny = _methods.tiny_data()
         method(tiny, "batch", 0, **_methods.shortened(request["method"], request["settings"]))()
         del tiny
-    adata = ad.read_h5ad(request["data"])
+    data = read(Path(request["data"]))
 
     before = resident_megabytes()
     reset_peak()
     start = time.perf_counter()
-    finish = method(adata, request["batch_key"], request["seed"], **request["settings"])
+    finish = method(data, request["batch_key"], request["seed"], **request["settings"])
     seconds = time.perf_counter() - start
     peak = peak_megabytes()
 
@@ -47,6 +49,17 @@ def main(request: dict) -> None:
     }
     np.savez(request["arrays"], **arrays)
     Path(request["numbers"]).write_text(json.dumps(numbers))
+
+
+def read(path: Path) -> Any:
+    """Read an AnnData, or by the ending ``.h5mu`` a MuData."""
+    if path.suffix == ".h5mu":
+        import mudata
+
+        return mudata.read_h5mu(path)
+    import anndata as ad
+
+    return ad.read_h5ad(path)
 
 
 def resident_megabytes() -> float | None:

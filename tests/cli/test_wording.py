@@ -28,6 +28,10 @@ from cellstill.cli.app import app
             "The teacher 'latent' is a layer of adata.layers['layer']",
         ),
         ("adata.obs['batch_key'] is", "adata.obs['batch_key'] is"),
+        ("modality_roles['gex']='dna' is not known", "--role gex=dna is not known"),
+        ("Say so: modality_roles={'gex': ...}, with one of", "Say so: --role gex=ROLE, with one of"),
+        ("stands for ambient_covariate_keys, dispersion_key, so", "stands for --ambient-key, --dispersion-key, so"),
+        ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
     ],
 )
 def test_python_arguments_become_options(message, words):
@@ -35,6 +39,9 @@ def test_python_arguments_become_options(message, words):
 
 
 def test_every_option_named_exists():
-    text = re.sub(r"\s+", " ", CliRunner().invoke(app, ["integrate", "--help"], env={"COLUMNS": "200"}).output)
+    helps = (
+        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output for command in ("integrate", "vi")
+    )
+    text = re.sub(r"\s+", " ", " ".join(helps))
     for option in [*_wording._OPTIONS.values(), "--teacher-setting"]:
         assert f" {option} " in text

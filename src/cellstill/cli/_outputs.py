@@ -1,4 +1,4 @@
-"""What ``cellstill integrate`` leaves behind: the data, the figures, the summary."""
+"""What ``cellstill integrate`` and ``cellstill vi`` leave behind: the data, the figures, the summary."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def write_data(
     record: Mapping[str, Any],
     shape: tuple[int, int],
     corrected: Callable[[Any], Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write everything that ``source`` holds, and the results, as h5ad.
 
@@ -55,10 +57,11 @@ def write_data(
         Number of cells and of genes.
     corrected
         Function that fills ``layers["corrected"]``, an array of that shape on disk.
+    layers, columns
+        Matrices to add to ``layers``, and numbers to add to ``obs``.
     """
     import h5py
     from anndata import settings
-    from anndata.io import write_elem
 
     if source.is_dir():
         with settings.override(allow_write_nullable_strings=True):
@@ -66,18 +69,52 @@ def write_data(
     else:
         shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
-        for name in ("obsm", "uns", "layers"):
-            if name not in file:
-                write_elem(file, name, {})
-        for name, array in obsm.items():
-            write_elem(file["obsm"], name, array)
-        write_elem(file["uns"], "cellstill", _storable(record))
+        add_elements(file, obsm=obsm, record=record, layers=layers, columns=columns)
         if corrected is not None:
+            add_elements(file, layers={})
             if "corrected" in file["layers"]:
                 del file["layers/corrected"]
             layer = file["layers"].create_dataset("corrected", shape, dtype="float32")
             layer.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
             corrected(layer)
+
+
+def add_elements(
+    group: Any,
+    *,
+    obsm: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Put results into an AnnData or MuData of an open HDF5 file, in place of what has their names.
+
+    Parameters
+    ----------
+    group
+        Root of the AnnData or MuData.
+    obsm, layers
+        Arrays and matrices by name.
+    record
+        Content of ``uns["cellstill"]``.
+    columns
+        Numbers by the name of their column of ``obs``.
+    """
+    from anndata.io import write_elem
+
+    parts = {"obsm": obsm, "layers": layers, "uns": None if record is None else {"cellstill": _storable(record)}}
+    for place, elements in parts.items():
+        if elements is None:
+            continue
+        if place not in group:
+            write_elem(group, place, {})
+        for name, element in elements.items():
+            write_elem(group[place], name, element)
+    for name, values in (columns or {}).items():
+        write_elem(group["obs"], name, values)
+        order = [str(column) for column in group["obs"].attrs["column-order"]]
+        if name not in order:
+            group["obs"].attrs["column-order"] = np.asarray([*order, name], dtype=object)
 
 
 def write_figure(figure: Figure, stem: Path) -> None:
@@ -103,7 +140,7 @@ def draw_figures(
     folder
         Where the figures go.
     embeddings
-        Coordinates by title, shape ``(n_obs, n_dims)``.
+        Coordinates by title, shape ``(n_obs, n_dims)``; without any, no UMAP is drawn.
     obs
         Annotation of these cells.
     keys
@@ -117,7 +154,8 @@ def draw_figures(
 
     n_neighbors = min(15, len(obs) - 1)
     panels = {title: umap_coordinates(array, n_neighbors=n_neighbors, seed=seed) for title, array in embeddings.items()}
-    write_figure(embedding_figure(panels, {key: obs[key] for key in keys}, seed=seed), folder / "umap")
+    if panels:
+        write_figure(embedding_figure(panels, {key: obs[key] for key in keys}, seed=seed), folder / "umap")
     trained = {phase: losses for phase, losses in history.items() if len(losses)}
     if trained:
         write_figure(training_figure(trained), folder / "training")

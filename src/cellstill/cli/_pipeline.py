@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ def integrate_file(settings: Settings, folder: Path, term: Terminal) -> Integrat
             import cellstill.distill
             import cellstill.pl  # noqa: F401 - what is loaded now is not counted as memory of the integration
         with term.stage("read", f"Reading {settings.path.name}: {stored.shape[0]:,} cells x {stored.shape[1]:,} genes"):
-            adata, layer = _read_cells(stored, settings)
+            obsm_key = settings.teacher_settings.get("obsm_key")
+            adata, layer = read_counts(stored, settings.layer, () if obsm_key is None else (obsm_key,))
         with term.stage("check", "Checking counts, batches and settings"):
             label_key = scorable_labels(adata.obs, settings.batch_key, settings.label_key)
             model = _build(adata, layer, settings)
@@ -180,13 +181,12 @@ def _check_keys(stored: StoredAnnData, settings: Settings) -> None:
         check_key("layer", settings.layer, "adata.layers", stored.layers)
 
 
-def _read_cells(stored: StoredAnnData, settings: Settings) -> tuple[AnnData, str | None]:
-    """Read the counts into memory, and leave all other matrices on disk."""
+def read_counts(stored: StoredAnnData, layer: str | None, obsm_keys: Sequence[str] = ()) -> tuple[AnnData, str | None]:
+    """Read the counts into memory, and leave all other matrices on disk; returns the layer they are in, too."""
     from cellstill.distill.setup import find_counts
 
-    obsm_key = settings.teacher_settings.get("obsm_key")
-    adata = stored.to_adata(() if obsm_key is None else (obsm_key,))
-    layer = find_counts(adata, settings.layer)
+    adata = stored.to_adata(obsm_keys)
+    layer = find_counts(adata, layer)
     matrix = stored.matrix(layer)
     if matrix is None:
         return adata, layer
@@ -197,15 +197,26 @@ def _read_cells(stored: StoredAnnData, settings: Settings) -> tuple[AnnData, str
     return adata, layer
 
 
-def _build(adata: AnnData, layer: str | None, settings: Settings) -> Distiller:
-    """Set the model up, which checks the data, and check what would otherwise come to light in training."""
+def check_accelerator(accelerator: str) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``accelerator`` is ``"gpu"``, and torch finds no CUDA device.
+    """
     import torch
 
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise InvalidArgumentError("accelerator='gpu': torch finds no CUDA device. Use accelerator='auto'.")
+
+
+def _build(adata: AnnData, layer: str | None, settings: Settings) -> Distiller:
+    """Set the model up, which checks the data, and check what would otherwise come to light in training."""
     from cellstill import Distiller
     from cellstill.teachers import get_teacher
 
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise InvalidArgumentError("accelerator='gpu': torch finds no CUDA device. Use accelerator='auto'.")
+    check_accelerator(settings.accelerator)
     teacher = get_teacher(settings.teacher, **settings.teacher_settings)
     if settings.covariate_keys and not teacher.info.protection:
         raise InvalidArgumentError(

@@ -7,11 +7,23 @@ import re
 _OPTIONS = {
     "accelerator": "--accelerator",
     "allow_noninteger": "--allow-noninteger",
+    "ambient_rate": "--ambient-rate",
+    "ambient_covariate_keys": "--ambient-key",
     "batch_key": "--batch-key",
+    "batch_size": "--batch-size",
+    "continuous_covariate_keys": "--continuous-key",
     "covariate_keys": "--covariate-key",
+    "dispersion_key": "--dispersion-key",
+    "feature_scaling_covariate_keys": "--feature-scaling-key",
     "labels_key": "--label-key",
     "layer": "--layer",
+    "library_size_key": "--library-size-key",
+    "max_epochs": "--max-epochs",
+    "modalities": "--modality",
+    "modality_roles": "--role",
+    "n_hidden": "--n-hidden",
     "n_latent": "--n-latent",
+    "nn_conditioning_covariate_keys": "--conditioning-key",
     "obsm_key": "--obsm-key",
     "overwrite": "--overwrite",
     "pca_method": "--pca-method",
@@ -19,14 +31,17 @@ _OPTIONS = {
     "teacher": "--teacher",
 }
 _ASSIGNED = re.compile(rf"\b({'|'.join(_OPTIONS)})=('[^']*'|\[[^\]]*\]|\.\.\.|[\w.]+)")
-_NAMED = re.compile(rf"(?<![\w'\"\[.-])({'|'.join(name for name in _OPTIONS if '_' in name)})(?=[: ])")
+_NAMED = re.compile(rf"(?<![\w'\"\[.-])({'|'.join(name for name in _OPTIONS if '_' in name)})(?=[:, .])")
 _PHRASES = {
     "overwrite=True (--overwrite)": "--overwrite",
+    "if you know it: ambient_rate=.": "if you know it: --ambient-rate RATE.",
     "choose it with layer=None": "leave --layer out",
     "Raise max_iter of HarmonyTeacher to go on": "To go on, raise it: --teacher-setting max_iter=30",
 }
 
 _SETTING = re.compile(r"setting of teacher '(\w+)'='(\w+)'")
+_ROLE_WANTED = re.compile(r"modality_roles=\{'([^']*)': \.\.\.\}")
+_ROLE = re.compile(r"modality_roles\['([^']*)'\]='([^']*)'")
 
 
 def in_options(message: str) -> str:
@@ -34,6 +49,7 @@ def in_options(message: str) -> str:
     for phrase, words in _PHRASES.items():
         message = message.replace(phrase, words)
     message = _SETTING.sub(r"--teacher-setting \2 of \1", message)
+    message = _ROLE_WANTED.sub(r"--role \1=ROLE", _ROLE.sub(r"--role \1=\2", message))
     return _NAMED.sub(lambda match: _OPTIONS[match[1]], _ASSIGNED.sub(_assigned, message))
 
 

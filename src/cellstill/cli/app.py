@@ -12,10 +12,11 @@ from cellstill import __version__
 from cellstill.cli.demo import demo
 from cellstill.cli.inspect import inspect
 from cellstill.cli.integrate import integrate
+from cellstill.cli.vi import vi
 
 app = typer.Typer(
     name="cellstill",
-    help="Distil single-cell data: integrate batches, look into files, see a demonstration.",
+    help="Distil single-cell data: integrate batches, remove ambient RNA, look into files, see a demonstration.",
     epilog="Start with `cellstill inspect FILE`: it says what a file holds, and what to run.",
     no_args_is_help=True,
     add_completion=False,
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (integrate, inspect, demo):
+for command in (integrate, vi, inspect, demo):
     app.command(no_args_is_help=command is not demo)(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -193,14 +194,23 @@ def refuse_own_input(path: Path, folder: Path) -> None:
 def print_result(result: Integration, folder: Path, term: Terminal) -> None:
     """Print what there is to know about a run."""
     summary = result.summary
-    memory, seconds, agreement = summary["memory_mb"], summary["seconds"], summary["student_teacher_r2"]
+    agreement = summary["student_teacher_r2"]
     term.out.print(result.scores.to_table())
     if result.scores.n_cells < summary["input"]["n_obs"]:
         term.out.print(f"[dim](scored on a random sample of {result.scores.n_cells:,} cells)[/]", highlight=False)
+    term.out.print("")
+    if agreement is not None:
+        term.out.print(
+            f"student and teacher agree with R² = {agreement:.3f} on validation cells", highlight=False, soft_wrap=True
+        )
+    print_cost(summary, folder, term)
+
+
+def print_cost(summary: Mapping[str, Any], folder: Path, term: Terminal) -> None:
+    """Print what a run took, and where its results are."""
+    memory, seconds = summary["memory_mb"], summary["seconds"]
     stages = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total" and value >= 0.05)
     for line in (
-        "",
-        *([] if agreement is None else [f"student and teacher agree with R² = {agreement:.3f} on validation cells"]),
         f"{seconds['total']:.1f} s ({stages})",
         f"peak memory {memory['peak']:,.0f} MB, {memory['increase']:,.0f} MB more than with the data loaded",
         f"results are in {folder}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from cellstill.errors import CellstillError, StoreError, check_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 _BLOCK = 1 << 20
 _SPARSE = {"csr_matrix": "CSR", "csc_matrix": "CSC"}
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_SUFFIXES = (".h5ad", ".zarr")
+_MUDATA_SIGNATURE = b"MuData"
+_SUFFIXES = (".h5ad", ".h5mu", ".zarr")
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,11 @@ def open_anndata(path: str | os.PathLike[str]) -> Iterator[StoredAnnData]:
     from anndata.io import read_elem
 
     path = Path(path)
+    if path.suffix == ".h5mu" and path.exists():
+        raise StoreError(
+            f"{path} holds a MuData. Write the modality with the counts as h5ad first: mdata['rna'].write_h5ad(...); "
+            "or model all of it: cellstill vi."
+        )
     _check_path(path)
     with _clear_errors(path):
         root = _open(path)
@@ -251,6 +259,29 @@ def read_anndata(path: str | os.PathLike[str]) -> AnnData:
         return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
 
 
+def read_mudata(path: str | os.PathLike[str]) -> MuData:
+    """Read an h5mu file into memory, whole.
+
+    Parameters
+    ----------
+    path
+        ``.h5mu`` file.
+
+    Raises
+    ------
+    StoreError
+        The file is absent, truncated or damaged, or holds no MuData; the message says which.
+    """
+    import mudata
+
+    path = Path(path)
+    _check_path(path)
+    with _clear_errors(path, "MuData"), warnings.catch_warnings():
+        # Of how later versions will share columns between modalities, which nobody can act upon here.
+        warnings.simplefilter("ignore", FutureWarning)
+        return mudata.read_h5mu(path)
+
+
 def _open(path: Path) -> Any:
     if path.is_dir():
         import zarr
@@ -275,10 +306,12 @@ def _check_path(path: Path) -> None:
         if not any((path / name).is_file() for name in (".zgroup", "zarr.json")):
             raise StoreError(f"{path} is a folder, but no Zarr store. Give an .h5ad file or a .zarr folder.")
         return
-    if path.suffix == ".h5mu":
-        raise StoreError(
-            f"{path} holds a MuData. Write the modality with the counts as h5ad first: mdata['rna'].write_h5ad(...)."
-        )
+    _check_hdf5(path)
+
+
+def _check_hdf5(path: Path) -> None:
+    # mudata writes its name into 512 bytes before the HDF5 file proper.
+    starts = (_HDF5_SIGNATURE, _MUDATA_SIGNATURE) if path.suffix == ".h5mu" else (_HDF5_SIGNATURE,)
     try:
         with path.open("rb") as file:
             start = file.read(len(_HDF5_SIGNATURE))
@@ -286,15 +319,16 @@ def _check_path(path: Path) -> None:
         raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
     if not start:
         raise StoreError(f"{path} is empty. Copy or download it again.")
-    if start != _HDF5_SIGNATURE:
+    if not start.startswith(starts):
+        kind = "h5mu" if len(starts) > 1 else "h5ad"
         raise StoreError(
-            f"{path} is not an HDF5 file, so it is no h5ad, or its beginning is damaged. Other formats can be read "
+            f"{path} is not an HDF5 file, so it is no {kind}, or its beginning is damaged. Other formats can be read "
             "with scanpy (sc.read_10x_mtx, sc.read_text, ...) and written with adata.write_h5ad(...)."
         )
 
 
 @contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
+def _clear_errors(path: Path, kind: str = "AnnData") -> Iterator[None]:
     """Turn what HDF5, Zarr and anndata raise into one sentence about the file."""
     try:
         yield
@@ -305,6 +339,6 @@ def _clear_errors(path: Path) -> Iterator[None]:
         if "truncated file" in reason:
             raise StoreError(f"{path} is truncated: its end is missing. Copy or download it again.") from error
         raise StoreError(
-            f"{path} cannot be read: it is damaged, or holds no AnnData ({type(error).__name__}: {reason[:200]}). "
+            f"{path} cannot be read: it is damaged, or holds no {kind} ({type(error).__name__}: {reason[:200]}). "
             "Copy or download it again, or write it again with a present anndata."
         ) from error

@@ -1,0 +1,577 @@
+"""Regularised VI beside scVI, Harmony, MultiVI and TOTALVI, and beside known soup.
+
+Sections: integration (one for each data set that has batches), soup (known contamination of real cells, and none; the
+soup of real droplets), step (seconds of a training step) and multimodal (RNA + ATAC, RNA + protein). Every fit has a
+process of its own. Prints tables, writes ``results/vi_peers.json`` and shows that record in ``README.md``, which
+says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from _common import (
+    DATA_DIR,
+    HERE,
+    Check,
+    JobResult,
+    Section,
+    console,
+    environment,
+    mean_rows,
+    run_job,
+    show_checks,
+    show_rows,
+    write_section,
+)
+from _data import BATCHED, DATA_SETS, real, sized, store
+from _readme import update_readme
+from _scores import neighbourhood_scores, prediction_scores, score
+from _soup import Contaminated, contaminate, score_soup
+from engine import COUNTS_PER_GENE, SIZES
+from engine import Options as EngineOptions
+from engine import run as run_engine
+
+from cellstill.metrics import knn_accuracy
+from cellstill.metrics.ambient import profile_agreement
+
+LARGE, SMALL = {"n_hidden": 512, "n_latent": 128}, {"n_hidden": 128, "n_latent": 10}
+OURS, OURS_SMALL, SCVI, SCVI_LARGE = "cellstill 512/128", "cellstill 128/10", "scVI 128/10", "scVI 512/128"
+
+SOUP_SETS = ("cellbench_3cl_3tech", "kang_pbmc", "mouse_bladder", "onek1k_subset")
+RATES = (0.05, 0.1, 0.2)
+ORACLE, SUBTRACTION, PERFECT, FREE = "oracle", "known subtraction", "the clean counts", "cellstill, background='free'"
+
+INTEGRATION_COLUMNS = {
+    "method": "method",
+    "n_runs": "seeds|.0f",
+    "cross_batch_knn_accuracy": "transfer|.3f",
+    "graph_connectivity": "graph connectivity|.3f",
+    "nmi": "NMI|.3f",
+    "ilisi": "iLISI|.3f",
+    "ilisi_ceiling": "permuted|.3f",
+    "kbet": "kBET|.3f",
+    "kbet_15": "of 15|.3f",
+    "kbet_50": "of 50|.3f",
+    "clisi": "cLISI|.3f",
+    "condition_knn": "condition|.3f",
+    "condition_knn_in_types": "in types|.3f",
+    "epochs": "epochs|.0f",
+    "seconds": "seconds|.0f",
+}
+SOUP_COLUMNS = {
+    "method": "method",
+    "n_runs": "seeds|.0f",
+    **{f"error_{100 * rate:g}": f"error {100 * rate:g} %|.3f" for rate in RATES},
+    **{f"leak_{100 * rate:g}": f"leak {100 * rate:g} %|.3f" for rate in RATES},
+    **{f"rate_{100 * rate:g}": f"rate {100 * rate:g} %|.3f" for rate in RATES},
+    "removed": "removed at 0 %|.4f",
+    "epochs": "epochs|.0f",
+    "seconds": "seconds|.0f",
+}
+PROFILE_COLUMNS = {
+    "method": "estimate",
+    "n_runs": "seeds|.0f",
+    "correlation": "correlation|.4f",
+    "log_ratio_correlation": "beyond the mean|.3f",
+    "fraction": "ambient share|.3f",
+    "epochs": "epochs|.0f",
+    "seconds": "seconds|.0f",
+}
+STEP_COLUMNS = {
+    "n_vars": "genes",
+    "batch_size": "batch|,.0f",
+    "size": "n_hidden/n_latent",
+    "method": "what",
+    "step_ms": "ms per step|,.2f",
+    "of_plain": "of the plain one|.2f",
+    "load_average": "load average|.2f",
+}
+CHROMATIN_COLUMNS = {
+    "method": "method",
+    "n_runs": "seeds|.0f",
+    "condition_knn": "condition|.3f",
+    "condition_knn_rna": "its RNA part|.3f",
+    "condition_knn_atac": "its ATAC part|.3f",
+    "epochs": "epochs|.0f",
+    "seconds": "seconds|.0f",
+}
+PROTEIN_COLUMNS = {
+    "method": "method",
+    "n_runs": "seeds|.0f",
+    "pearson": "correlation|.3f",
+    "spearman": "of ranks|.3f",
+    "epochs": "epochs|.0f",
+    "seconds": "seconds|.0f",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a table."""
+
+    label: str
+    job: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    data_dir: Path
+    scratch: Path
+    quick: bool
+    seeds: int
+    threads: int
+    max_epochs: int | None
+    accelerator: str
+    sets: tuple[str, ...] | None
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """Training settings: the defaults, but for what the command line says."""
+        epochs = {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
+        return {"accelerator": self.accelerator, **epochs}
+
+    def wants(self, name: str) -> bool:
+        """Whether a data set is to be run."""
+        return self.sets is None or name in self.sets
+
+
+def integration_keys(batch_key: str) -> dict[str, list[str]]:
+    """Keys of plain integration beside ``batch_key``: the same on all data sets."""
+    return {"nn_conditioning_covariate_keys": [batch_key], "feature_scaling_covariate_keys": [batch_key]}
+
+
+def integration(name: str, options: Options) -> Section | None:
+    """Score every method on one data set that has batches."""
+    if not options.wants(name):
+        return None
+    spec = DATA_SETS[name]
+    adata = spec.read(options.data_dir, options.quick)
+    path = options.scratch / f"{name}.h5ad"
+    section = Section(spec.title, INTEGRATION_COLUMNS, data=store(adata, path))
+    section.notes.append(
+        "Set-up of ours, the same on all data sets: `setup_anndata(batch_key=b, nn_conditioning_covariate_keys=[b], "
+        f"feature_scaling_covariate_keys=[b])`, here b = {spec.batch_key!r}."
+    )
+    ours = {"keys": integration_keys(spec.batch_key), "train": options.train}
+    methods = [
+        Method("PCA", "pca", {"pca_method": "standard"}, random=False),
+        Method("Harmony", "harmony", {"pca_method": "standard"}),
+        Method(SCVI, "scvi", {**SMALL, **options.train}),
+        Method(SCVI_LARGE, "scvi", {**LARGE, **options.train}),
+        Method(OURS_SMALL, "regularised", {**ours, **SMALL}),
+        Method(OURS, "regularised", {**ours, **LARGE}),
+    ]
+    runs = []
+    for method, seed, result in _results(methods, path, spec.batch_key, section, options):
+        embedding = result.arrays["embedding"]
+        scores = score(embedding, adata.obs, spec.batch_key, spec.labels_key, spec.condition_key)
+        scores |= neighbourhood_scores(embedding, adata.obs[spec.batch_key], adata.obs[spec.labels_key])
+        runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
+    section.data["runs"] = runs
+    section.rows = mean_rows(runs, ["method"])
+    section.checks = [*check_capacity(section.rows), *CHECKS.get(name, lambda rows: [])(section.rows)]
+    show_rows(section)
+    return section
+
+
+def check_capacity(rows: list[dict[str, Any]]) -> list[Check]:
+    """A large model is as good as the better of the small ones."""
+    checks = []
+    for key in ("cross_batch_knn_accuracy", "graph_connectivity", "nmi", "ilisi"):
+        small = [_value(rows, key, method=method) for method in (OURS_SMALL, SCVI)]
+        bound = None if None in small else max(small) - 0.02
+        what = f"{INTEGRATION_COLUMNS[key].split('|')[0]}, {OURS}"
+        checks.append(Check(what, _value(rows, key, method=OURS), ">=", bound, f"{OURS_SMALL} or {SCVI}, less 0.02"))
+    return checks
+
+
+def check_cellbench(rows: list[dict[str, Any]]) -> list[Check]:
+    ours, peer = partial(_value, rows, method=OURS), partial(_value, rows, method=SCVI)
+    return [
+        Check("transfer", ours("cross_batch_knn_accuracy"), ">=", 0.99, _beside(peer("cross_batch_knn_accuracy"))),
+        Check("iLISI", ours("ilisi"), ">=", 0.37, _beside(peer("ilisi"))),
+        Check("kBET", ours("kbet"), ">=", 0.70, _beside(peer("kbet"))),
+    ]
+
+
+def check_kang(rows: list[dict[str, Any]]) -> list[Check]:
+    ours, peer = partial(_value, rows, method=OURS), partial(_value, rows, method=SCVI)
+    return [
+        Check("transfer", ours("cross_batch_knn_accuracy"), ">=", 0.80, _beside(peer("cross_batch_knn_accuracy"))),
+        Check("kBET", ours("kbet"), ">=", 0.93, _beside(peer("kbet"))),
+        Check("condition, kNN", ours("condition_knn"), ">=", 0.98, _beside(peer("condition_knn"))),
+    ]
+
+
+def soup(name: str, options: Options) -> Section | None:
+    """Known soup on real cells of known types, and the same cells without any."""
+    if not options.wants(name):
+        return None
+    section = Section(f"Known soup on real cells: {name}", SOUP_COLUMNS)
+    section.notes.append("Set-up: `setup_anndata(batch_key=b)`, b being the batch of the soup.")
+    adata = real(options.data_dir / f"{name}.h5ad", options.quick)
+    path = options.scratch / "soup.h5ad"
+    runs: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        dirty, clean = (contaminate(adata, rates, seed) for rates in (RATES, (0.0,) * len(RATES)))
+        for label, counts in ((ORACLE, dirty.oracle()), (SUBTRACTION, dirty.subtraction()), (PERFECT, adata.X)):
+            runs.append({"method": label, "seed": seed, **score_soup(dirty, sp.csr_matrix(counts))})
+        fits = [(OURS, dirty, {}), (OURS, clean, {})]
+        if seed == 0:
+            fits.append((FREE, dirty, {"background": "free"}))
+        fitted: dict[str, dict[str, Any]] = {}
+        for label, cells, settings in fits:
+            section.data |= store(cells.adata, path)
+            method = Method(label, "soup", {"keys": {}, "train": options.train, **settings})
+            result = _run(method, path, seed, Contaminated.BATCH_KEY, section, options, name)
+            if result is None:
+                continue
+            row = fitted.setdefault(label, {"method": label, "seed": seed, "above_raw": 0.0})
+            row["above_raw"] = max(row["above_raw"], result.numbers["above_raw"])
+            if cells is dirty:
+                row |= {key: result.numbers[key] for key in ("epochs", "seconds")}
+            row |= score_soup(cells, _counts_of(result, cells.adata.shape), result.arrays["fraction"])
+        runs += fitted.values()
+    section.data["runs"] = runs
+    section.rows = mean_rows(runs, ["method"])
+    ours, oracle = (partial(_value, section.rows, method=method) for method in (OURS, ORACLE))
+    for rate in RATES:
+        percent = f"{100 * rate:g}"
+        for key, what in (("error", "error over the oracle's"), ("leak", "marker leak over the oracle's")):
+            ratio = _ratio(ours(f"{key}_{percent}"), oracle(f"{key}_{percent}"))
+            section.checks.append(Check(f"{what}, {percent} %", ratio, "<=", 1.05))
+        off = ours(f"rate_off_{percent}")
+        section.checks.append(Check(f"rate off the true one, {percent} %", off, "<=", 0.2, "relative, mean over seeds"))
+    section.checks += [
+        Check("removed of cells without soup", ours("removed"), "<=", 0.01),
+        Check("most that a corrected count is above the raw one", ours("above_raw"), "<=", 0.0),
+    ]
+    show_rows(section)
+    return section
+
+
+def profile(options: Options) -> Section | None:
+    """The soup of real droplets, whose profile the empty ones tell."""
+    name = "pbmc4k_soup"
+    if not options.wants(name):
+        return None
+    adata = real(options.data_dir / f"{name}.h5ad", options.quick)
+    section = Section("PBMC 4k: profile of the empty droplets", PROFILE_COLUMNS)
+    section.notes.append("Set-up: `setup_anndata()` without any key.")
+    path = options.scratch / f"{name}.h5ad"
+    true = adata.var["soup_fraction"].to_numpy(dtype=np.float64)
+    mean = np.asarray(adata.X.sum(axis=0, dtype=np.float64)).ravel()
+    section.data[name] = store(adata, path)
+    by_type = [np.asarray(adata.X[cells].mean(axis=0)).ravel() for cells in _cells_of(adata.obs["cell_type"])]
+    runs: list[dict[str, Any]] = []
+    for label, estimate in (("mean expression", mean), ("types in equal shares", np.mean(by_type, axis=0))):
+        runs.append({"method": label, "seed": 0, **profile_agreement(estimate, true, mean)._asdict()})
+    settings = {"keys": {}, "train": options.train}
+    methods = [Method(OURS, "soup", settings), Method(FREE, "soup", {**settings, "background": "free"}, random=False)]
+    for method, seed, result in _results(methods, path, None, section, options):
+        agreement = profile_agreement(result.arrays["profile"][0], true, mean)._asdict()
+        numbers = {**result.numbers, **agreement, "fraction": float(result.arrays["fraction"].mean())}
+        runs.append({"method": method.label, "seed": seed, **numbers})
+    section.data["runs"] = runs
+    section.rows = mean_rows(runs, ["method"])
+    value = partial(_value, section.rows)
+    plain = value("correlation", method="mean expression")
+    section.checks = [
+        Check("correlation with the true profile", value("correlation", method=OURS), ">=", plain, "mean expression's"),
+        Check(
+            "correlation of log(profile / mean) with the true one's",
+            value("log_ratio_correlation", method=OURS),
+            ">",
+            -0.02,
+            "the published model's; about 0.15 when types are known",
+        ),
+    ]
+    show_rows(section)
+    return section
+
+
+def step(options: Options) -> Section:
+    """Seconds of a step beside the plain negative binomial VAE of engine.py."""
+    section = Section("A training step beside the engine's plain one", STEP_COLUMNS)
+    engine = EngineOptions(options.scratch, options.quick, options.threads, 1, "cpu")
+    set_ups = {"batch_key": {}, "batch_key, conditioning, scaling": integration_keys("batch")}
+    for genes, (n_obs, n_vars) in SIZES.items():
+        path = options.scratch / f"{genes}.h5ad"
+        cells = n_obs // 4 if options.quick else n_obs
+        section.data[genes] = store(sized(cells, n_vars, COUNTS_PER_GENE)(options.scratch, False), path)
+        for batch_size in (128, 1024):
+            for size in (SMALL, LARGE):
+                shown = {"n_vars": genes, "batch_size": batch_size, "size": f"{size['n_hidden']}/{size['n_latent']}"}
+                epochs = 2 if options.quick else 4
+                request = {"data": str(path), "batch_size": batch_size, "epochs": epochs, **size}
+                # By turns, so that a busy minute falls on all of them.
+                runs: list[dict[str, Any]] = []
+                for repeat in range(options.seeds):
+                    plain = run_engine({**request, "what": "cellstill", "compile": True}, engine)
+                    runs.append({**shown, "method": "plain", "step_ms": plain["step_ms"], **_load(plain)})
+                    for label, keys in set_ups.items():
+                        settings = {"keys": keys, **size, "batch_size": batch_size, "epochs": epochs}
+                        method = Method(f"cellstill, {label}", "step", {**settings, "accelerator": "cpu"})
+                        result = _run(method, path, repeat, "batch", section, options, f"{genes} genes")
+                        if result is not None:
+                            numbers = {"step_ms": result.numbers["step_ms"], **_load(result.numbers)}
+                            runs.append({**shown, "method": method.label, **numbers})
+                fastest = pd.DataFrame(runs).groupby("method", sort=False)["step_ms"].idxmin()
+                section.rows += [
+                    {**runs[i], "of_plain": runs[i]["step_ms"] / runs[fastest["plain"]]["step_ms"]} for i in fastest
+                ]
+    for row in section.rows:
+        if row["method"] != "plain":
+            where = f"{row['n_vars']} genes, batch {row['batch_size']}, {row['size']}, {row['method']}"
+            section.checks.append(Check(f"step over the plain one's, {where}", row["of_plain"], "<=", 1.3))
+    show_rows(section)
+    return section
+
+
+def chromatin(options: Options) -> Section | None:
+    """RNA and chromatin accessibility: what the latents know of the treatment."""
+    name = "scicar_a549"
+    if not options.wants(name):
+        return None
+    path, mdata = _paired(name, {"rna": 300, "atac": 600}, options)
+    shapes = {part: list(each.shape) for part, each in mdata.mod.items()}
+    section = Section("sci-CAR A549: RNA and ATAC, 3 durations of treatment", CHROMATIN_COLUMNS, data=shapes)
+    both, train = ("rna", "atac"), {"train": options.train}
+    methods = [
+        Method("cellstill", "joint", {"modalities": both, **train}),
+        Method("cellstill, RNA alone", "joint", {"modalities": both[:1], **train}),
+        Method("cellstill, ATAC alone", "joint", {"modalities": both[1:], **train}),
+        Method("MultiVI", "multivi", options.train),
+    ]
+    runs = []
+    for method, seed, result in _results(methods, path, None, section, options):
+        scores = {
+            key.replace("embedding", "condition_knn"): knn_accuracy(array, mdata.obs["condition"])
+            for key, array in result.arrays.items()
+            if key == "embedding" or not method.label.endswith("alone")
+        }
+        runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
+    section.data["runs"] = runs
+    section.rows = mean_rows(runs, ["method"])
+    value = partial(_value, section.rows)
+    joint = value("condition_knn", method="cellstill")
+    parts = [value(f"condition_knn_{part}", method="cellstill") for part in both]
+    alone = [value("condition_knn", method=f"cellstill, {part.upper()} alone") for part in both]
+    what = "condition from the joint latent, kNN"
+    section.checks = [
+        Check(what, joint, ">=", _most(parts), "the better of its own parts"),
+        Check(what, joint, ">=", _most(alone), "the better model of one modality"),
+    ]
+    show_rows(section)
+    return section
+
+
+def proteins(options: Options) -> Section | None:
+    """RNA and proteins: a fifth of the cells, others for each seed, have their RNA alone."""
+    name, missing = "citeseq_pbmc_hashed", "held_out"
+    if not options.wants(name):
+        return None
+    _, whole = _paired(name, {"rna": 500, "prot": None}, options)
+    shapes = {part: list(each.shape) for part, each in whole.mod.items()}
+    section = Section("CITE-seq: proteins of cells that have RNA alone", PROTEIN_COLUMNS, data=shapes)
+    path = options.scratch / f"{name}_held_out.h5mu"
+    runs = []
+    for seed in range(options.seeds):
+        mdata = whole.copy()
+        held_out = np.zeros(mdata.n_obs, dtype=bool)
+        held_out[np.random.default_rng(seed).choice(mdata.n_obs, mdata.n_obs // 5, replace=False)] = True
+        mdata.obs[missing] = held_out
+        true = mdata["prot"].X[held_out].toarray()
+        mdata["prot"].X = sp.csr_matrix(sp.diags_array((~held_out).astype(np.float32)) @ mdata["prot"].X)
+        mdata.write(path)
+        total = float(np.median(np.asarray(mdata["prot"].X[~held_out].sum(axis=1))))
+        ours = {"modalities": ("rna", "prot"), "predicted": "prot", "missing": missing, "total": total}
+        for method in (
+            Method("cellstill", "joint", {**ours, "train": options.train}),
+            Method("TOTALVI", "totalvi", {"missing": missing, **options.train}),
+            Method("neighbours in RNA components", "nearest", {"predicted": "prot", "missing": missing}),
+        ):
+            result = _run(method, path, seed, None, section, options, name)
+            if result is not None:
+                scores = prediction_scores(result.arrays["predicted"], true)
+                runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
+    section.data["runs"] = runs
+    section.rows = mean_rows(runs, ["method"])
+    ours, peer = (_value(section.rows, "pearson", method=method) for method in ("cellstill", "TOTALVI"))
+    section.checks = [Check("proteins of held-out cells, mean correlation", ours, ">=", peer, "TOTALVI's")]
+    show_rows(section)
+    return section
+
+
+CHECKS: dict[str, Callable[[list[dict[str, Any]]], list[Check]]] = {
+    "cellbench_3cl_3tech": check_cellbench,
+    "kang_pbmc": check_kang,
+}
+SECTIONS: dict[str, Callable[[Options], Section | None]] = {
+    **{f"integration_{name}": partial(integration, name) for name in BATCHED},
+    **{f"soup_{name}": partial(soup, name) for name in SOUP_SETS},
+    "soup_droplets": profile,
+    "step": step,
+    "multimodal_chromatin": chromatin,
+    "multimodal_proteins": proteins,
+}
+
+
+GROUPS = ("integration", "soup", "multimodal")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*SECTIONS, *GROUPS],
+        metavar="SECTION",
+        help=f"some of: {', '.join(SECTIONS)}; or all of: {', '.join(GROUPS)}",
+    )
+    parser.add_argument("--sets", nargs="+", metavar="NAME", help="only these data sets")
+    parser.add_argument("--quick", action="store_true", help="few cells and epochs, to see that all runs; no record")
+    parser.add_argument("--seeds", type=int, help="repeats; means are shown (default: 3, quick 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPUs of every fit (default: 1)")
+    parser.add_argument("--max-epochs", type=int, help="most epochs of every fit (default: each method's own)")
+    parser.add_argument(
+        "--accelerator", default="cpu", choices=("cpu", "gpu"), help="where models train (default: cpu)"
+    )
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the real data sets")
+    parser.add_argument("--out", type=Path, help="JSON to write sections into (default: results/vi_peers.json)")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out or (None if chosen.quick else HERE / "results" / "vi_peers.json")
+    epochs = 3 if chosen.quick and chosen.max_epochs is None else chosen.max_epochs
+    seeds = chosen.seeds or (1 if chosen.quick else 3)
+    warnings.simplefilter("ignore")
+    wanted = [
+        name for name in SECTIONS if chosen.only is None or name in chosen.only or name.split("_")[0] in chosen.only
+    ]
+
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = None if chosen.sets is None else tuple(chosen.sets)
+        options = Options(
+            chosen.data_dir, Path(scratch), chosen.quick, seeds, chosen.threads, epochs, chosen.accelerator, sets
+        )
+        for name in wanted:
+            described = environment(chosen.threads)
+            try:
+                section = SECTIONS[name](options)
+            except FileNotFoundError as error:
+                console.print(f"[yellow]{name} is skipped:[/] {error}. Set --data-dir or CELLSTILL_DATA_DIR.")
+                continue
+            if section is None:
+                continue
+            if epochs is not None:
+                section.notes.append(f"Every fit has at most {epochs} epochs.")
+            for note in section.notes:
+                console.print(note, style="yellow", markup=False)
+            show_checks(section.checks)
+            checks += section.checks
+            if out is not None:
+                how = {"seeds": seeds, "max_epochs": epochs, "accelerator": chosen.accelerator}
+                write_section(out, name, section, described | how)
+                if chosen.out is None:
+                    update_readme(HERE / "README.md", out)
+    missed = [check.what for check in checks if check.passed is False]
+    unknown = sum(check.passed is None for check in checks)
+    console.print(f"{len(checks)} bounds: {len(missed)} missed, {unknown} not measured. {'; '.join(missed)}")
+
+
+def _run(
+    method: Method, path: Path, seed: int, batch_key: str | None, section: Section, options: Options, where: str
+) -> JobResult | None:
+    """Run one job; a failure becomes a note."""
+    console.print(f"  {where}: {method.label} seed {seed}", style="dim", highlight=False)
+    request = {"module": "_vi_methods", "method": method.job, "data": str(path), "batch_key": batch_key, "seed": seed}
+    # Settings travel as JSON.
+    settings = json.loads(json.dumps(dict(method.settings)))
+    result = run_job({**request, "settings": settings, "warm_up": False}, threads=options.threads)
+    if result.error is None:
+        return result
+    section.notes.append(f"{where}: {method.label} failed: {result.error}")
+    return None
+
+
+def _results(
+    methods: Sequence[Method], path: Path, batch_key: str | None, section: Section, options: Options
+) -> list[tuple[Method, int, JobResult]]:
+    """Run every method with every seed."""
+    found = []
+    for method in methods:
+        for seed in range(options.seeds if method.random else 1):
+            result = _run(method, path, seed, batch_key, section, options, path.stem)
+            if result is not None:
+                found.append((method, seed, result))
+    return found
+
+
+def _paired(name: str, quick: Mapping[str, int | None], options: Options) -> tuple[Path, Any]:
+    """Store the named modalities; ``quick`` says how many features of each a quick run keeps."""
+    import mudata
+
+    whole = mudata.read_h5mu(options.data_dir / f"{name}.h5mu")
+    parts = {}
+    for part, n_vars in quick.items():
+        adata = whole[part]
+        if options.quick and n_vars is not None:
+            largest = np.asarray(adata.X.sum(axis=0)).ravel().argsort()[::-1][:n_vars]
+            adata = adata[:, largest]
+        parts[part] = ad.AnnData(sp.csr_matrix(adata.X, dtype=np.float32), obs=adata.obs[[]], var=adata.var[[]])
+    mdata = mudata.MuData(parts)
+    columns = [column for column in whole.obs if ":" not in column]
+    mdata.obs = mdata.obs.join(whole.obs[columns])
+    path = options.scratch / f"{name}.h5mu"
+    mdata.write(path)
+    return path, mdata
+
+
+def _counts_of(result: JobResult, shape: tuple[int, int]) -> sp.csr_matrix:
+    return sp.csr_matrix(tuple(result.arrays[part] for part in ("data", "indices", "indptr")), shape=shape)
+
+
+def _cells_of(labels: pd.Series) -> list[np.ndarray]:
+    return list(labels.groupby(labels, observed=True).indices.values())
+
+
+def _load(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"load_average": numbers["load_average"]}
+
+
+def _value(rows: list[dict[str, Any]], key: str, **where: str) -> Any:
+    return next((row.get(key) for row in rows if all(row[name] == wanted for name, wanted in where.items())), None)
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or reference is None else value / reference
+
+
+def _most(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _beside(value: float | None) -> str:
+    return "" if value is None else f"{SCVI}: {value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
