@@ -16,7 +16,7 @@ from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells
 from cellstill.vi.module import RegularizedVAE
 
-WARMUP = 1 / 3
+WARMUP = 0.1
 """Share of training over which the weight of the divergence of z rises."""
 
 _EVALUATION_BATCH = 1024
