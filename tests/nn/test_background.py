@@ -13,7 +13,7 @@ import torch
 import cellstill.nn.background as module
 import cellstill.nn.fused as fused
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.background import background_output
+from cellstill.nn.background import NativePenalty, background_output
 from cellstill.nn.compiled import compiled
 from cellstill.nn.sparse import CSRRows
 
@@ -81,7 +81,7 @@ def rows(counts) -> CSRRows:
 
 def evaluate(counts, parameters, groups, cell_weight=None, scale=1.0):
     p = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    total, value = background_output(
+    total, value, _ = background_output(
         *(p["hidden"], p["weight"], p["bias"], rows(counts), p["log_size"], p["theta"]),
         group=groups["theta"],
         log_background=p.get("log_background"),
@@ -207,3 +207,37 @@ def test_group_of_another_length_is_refused():
     counts, parameters, groups = make()
     with pytest.raises(InvalidArgumentError, match="background_group has shape"):
         evaluate(counts, parameters, {**groups, "log_background": groups["log_background"][:-1]})
+
+
+@pytest.mark.parametrize("block", [1 << 22, 2 * N_VARS], ids=["one_block", "blocks_of_two_cells"])
+def test_penalties_are_taken_from_the_total_with_their_gradients(block, monkeypatch):
+    monkeypatch.setitem(fused._BLOCK, "cpu", block)
+    counts, parameters, groups = make(1, 1, 1)
+    cell_weight = torch.linspace(0.0, 2, N)
+    _, _, plain = evaluate(counts, parameters, groups, cell_weight)
+
+    def square(native):
+        return (native.square() * torch.arange(1.0, N_VARS + 1).to(native)).sum(dim=1)
+
+    p = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    total, _, mean = background_output(
+        *(p["hidden"], p["weight"], p["bias"], rows(counts), p["log_size"], p["theta"]),
+        log_background=p["log_background"],
+        log_amount=p["log_amount"],
+        log_scaling=p["log_scaling"],
+        cell_weight=cell_weight,
+        weight_l2=0.3,
+        native_penalty=NativePenalty(square, 0.7, 3),
+    )
+    likelihood = evaluate(counts, parameters, groups, cell_weight)[0]
+    total.backward()
+    q = {name: parameters[name].double().clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+    native = torch.nn.functional.softplus(q["hidden"][:3] @ q["weight"].T + q["bias"])
+    expected = (square(native) * cell_weight[:3]).sum() / 3
+    penalty = 0.7 * expected + 0.3 * q["weight"].square().sum()
+    penalty.backward()
+    np.testing.assert_allclose(mean, expected.detach(), rtol=1e-5)
+    np.testing.assert_allclose(total.detach(), likelihood - penalty.detach(), rtol=1e-5)
+    for name, value in q.items():
+        np.testing.assert_allclose(p[name].grad, plain[name] - value.grad, rtol=2e-4, atol=2e-4, err_msg=name)
+    np.testing.assert_allclose(p["theta"].grad, plain["theta"], rtol=1e-5, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,9 @@ def background_output(
     log_scaling: torch.Tensor | None = None,
     scaling_group: torch.Tensor | None = None,
     cell_weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight_l2: float = 0.0,
+    native_penalty: NativePenalty | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""Negative binomial log-likelihood of counts, with a softplus decoder, ambient background and feature scaling.
 
     .. math::
@@ -65,11 +67,16 @@ def background_output(
         :math:`\log y`, as ``theta`` and ``group``. ``None`` leaves it out.
     cell_weight
         Weight of each cell in the total, shape ``(n,)``, not differentiated; ``None`` weighs all by 1.
+    weight_l2
+        Penalty of the squared ``weight``, taken from the total.
+    native_penalty
+        Penalty of the native expression :math:`\mathrm{softplus}(W h_n + b)` of some cells, taken from the total.
 
     Returns
     -------
-    Weighted sum over cells, differentiable in all but the counts, groups and weights; and the log-likelihood of each
-    cell, shape ``(n,)``, without gradient. Both float32.
+    Weighted sum over cells, less the penalties, differentiable in all but the counts, groups and weights; the
+    log-likelihood of each cell, shape ``(n,)``, and the mean native penalty of a cell, both without gradient. All
+    float32.
 
     Raises
     ------
@@ -92,8 +99,30 @@ def background_output(
         torch.ones_like(log_size) if log_amount is None else log_amount.detach().exp(),
         _by_group("log_scaling", log_scaling, "scaling_group", scaling_group, x, 0.0).exp(),
         torch.ones_like(log_size) if cell_weight is None else cell_weight,
+        weight_l2,
+        native_penalty,
     )
-    return fused_output(hidden, weight, likelihood, (bias, log_size, theta, log_background, log_amount, log_scaling))
+    parameters = (bias, log_size, theta, log_background, log_amount, log_scaling)
+    total, value = fused_output(hidden, weight, likelihood, parameters)
+    return total, value, likelihood.native_mean
+
+
+class NativePenalty(NamedTuple):
+    """Penalty of native expression.
+
+    Attributes
+    ----------
+    function
+        From native expression, shape ``(n, n_vars)``, to a penalty per cell, shape ``(n,)``.
+    weight
+        Of the mean over cells.
+    n_cells
+        How many cells are looked at, the first ones: in shuffled minibatches they stand for all.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    weight: float
+    n_cells: int
 
 
 class _ByGroup(NamedTuple):
@@ -150,7 +179,13 @@ class _Background:
         amount: torch.Tensor,
         scaling: _ByGroup,
         weight: torch.Tensor,
+        weight_l2: float,
+        native_penalty: NativePenalty | None,
     ) -> None:
+        self.weight_l2, self.native_penalty = weight_l2, native_penalty
+        # Inside the fused function gradients are off.
+        self.recorded = torch.is_grad_enabled()
+        self.penalty, self.native_mean = size.new_zeros(()), size.new_zeros(())
         self.n_rows, self.n_vars = x.n_rows, x.n_vars
         self.x, self.size, self.bias, self.amount, self.weight = x, size, bias, amount, weight
         self.theta, self.background, self.scaling = theta, background, scaling
@@ -169,6 +204,28 @@ class _Background:
         )
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
+        penalised = 0 if self.native_penalty is None else min(self.native_penalty.n_cells - rows.start, len(logits))
+        if penalised > 0:
+            gradient = self._penalise(logits[:penalised] + self.bias, slice(rows.start, rows.start + penalised))
+        self._likelihood(logits, rows)
+        if penalised > 0:
+            logits[:penalised] -= gradient
+            self.grad_bias -= gradient.sum(dim=0)
+
+    def _penalise(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Add the penalty of some cells; returns its gradient."""
+        assert self.native_penalty is not None
+        function, weight, n_cells = self.native_penalty
+        with torch.set_grad_enabled(self.recorded):
+            logits.requires_grad_(self.recorded)
+            penalty = function(torch.nn.functional.softplus(logits)) * self.weight[rows]
+            mean = penalty.sum() / min(n_cells, self.n_rows)
+            gradient = torch.autograd.grad(mean, logits)[0] if self.recorded else torch.zeros_like(logits)
+        self.native_mean += mean.detach()
+        self.penalty += weight * mean.detach()
+        return gradient.mul_(weight)
+
+    def _likelihood(self, logits: torch.Tensor, rows: slice) -> None:
         if kernels(logits.device) is not None:
             self._rows_compiled(logits, rows)
             return

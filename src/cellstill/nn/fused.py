@@ -22,12 +22,19 @@ class FusedLikelihood(Protocol):
         Weight of each cell in the total, shape ``(n,)``.
     value
         Log-likelihood of each cell, filled by :meth:`rows`.
+    penalty
+        What is taken from the total beside the likelihood, a scalar, filled by :meth:`rows`; its gradient is among
+        those of the logits.
+    weight_l2
+        Weight of the squared ``weight`` of the layer, which is taken from the total.
     """
 
     n_rows: int
     n_vars: int
     weight: torch.Tensor
     value: torch.Tensor
+    penalty: torch.Tensor
+    weight_l2: float
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         """Turn the logits of some cells, float32, into their gradient; add to the gradients of the parameters."""
@@ -58,8 +65,9 @@ def fused_output(
 
     Returns
     -------
-    Weighted sum over cells, differentiable in ``hidden``, ``weight`` and ``parameters``, and the log-likelihood of each
-    cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16 (autocast).
+    Weighted sum over cells, less the penalties, differentiable in ``hidden``, ``weight`` and ``parameters``, and the
+    log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
+    (autocast).
     """
     # Inside, needs_input_grad does not say whether gradients are recorded at all.
     return _FusedOutput.apply(hidden, weight, likelihood, torch.is_grad_enabled(), *parameters)
@@ -90,7 +98,12 @@ class _FusedOutput(torch.autograd.Function):
                     grad_hidden.append(torch.mm(logits, matrix))
                 if recorded and ctx.needs_input_grad[1]:
                     grad_weight = _add_product(grad_weight, logits.t(), low[rows])
-            total = likelihood.value @ likelihood.weight
+            total = likelihood.value @ likelihood.weight - likelihood.penalty
+            if likelihood.weight_l2:
+                flat = weight.reshape(-1)
+                total = total - likelihood.weight_l2 * torch.dot(flat, flat)
+                if grad_weight is not None:
+                    grad_weight.add_(weight, alpha=-2 * likelihood.weight_l2)
         of_hidden = None
         if grad_hidden:
             of_hidden = (grad_hidden[0] if len(grad_hidden) == 1 else torch.cat(grad_hidden)).to(hidden.dtype)

@@ -41,9 +41,12 @@ def normal_kl(
     -------
     Shape ``(...)``.
     """
-    prior_variance = torch.as_tensor(prior_variance, dtype=variance.dtype, device=variance.device)
-    ratio = variance / prior_variance
-    return 0.5 * (ratio + (mean - prior_mean).square() / prior_variance - 1 - ratio.log()).sum(dim=-1)
+    ratio, distance = variance, mean.square()
+    if not (isinstance(prior_mean, float) and prior_mean == 0):
+        distance = (mean - prior_mean).square()
+    if not (isinstance(prior_variance, float) and prior_variance == 1):
+        ratio, distance = variance / prior_variance, distance / prior_variance
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(dim=-1)
 
 
 def gamma(log_x: torch.Tensor, concentration: torch.Tensor | float, rate: torch.Tensor | float) -> torch.Tensor:
@@ -83,6 +86,9 @@ def gamma_of_log(log_x: torch.Tensor, concentration: torch.Tensor | float, rate:
     -------
     Shape of ``log_x`` broadcast with the parameters.
     """
+    if not (isinstance(concentration, torch.Tensor) or isinstance(rate, torch.Tensor)):
+        constant = concentration * math.log(rate) - math.lgamma(concentration)
+        return concentration * log_x - rate * log_x.exp() + constant
     a = torch.as_tensor(concentration, dtype=log_x.dtype, device=log_x.device)
     b = torch.as_tensor(rate, dtype=log_x.dtype, device=log_x.device)
     return a * (b.log() + log_x) - torch.lgamma(a) - b * log_x.exp()

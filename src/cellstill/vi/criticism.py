@@ -189,7 +189,7 @@ class Criticism(Getters):
     def _given(self, block: Block, name: str, z: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
         present = block.batch.get(f"{name}/present")
         part = self.module.modality(name)
-        return part.log_likelihood(z, log_library, block.counts[name], block.batch, present)[1]
+        return part.log_likelihood(z, log_library, block.counts[name], block.batch, present).per_cell
 
     def _importance(self, block: Block) -> torch.Tensor:
         """``log p(x, z, l) - log q(z, l)`` at a draw from q."""

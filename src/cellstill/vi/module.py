@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.background import background_output
+from cellstill.nn.background import NativePenalty, background_output
 from cellstill.nn.priors import normal_kl
 from cellstill.nn.sparse import CSRRows
 from cellstill.train.plans import Loss
@@ -23,7 +23,8 @@ from cellstill.vi.penalties import Relevance, dimensions_present, penalties_of_z
 
 Batch = Mapping[str, torch.Tensor]
 
-_CELLS_OF_PENALTY = 16
+_PENALISED = 32
+"""One cell of so many has its native expression penalised."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,27 @@ class Latent:
     def sample(self) -> torch.Tensor:
         """Draw z."""
         return self.mean + self.variance.sqrt() * torch.randn_like(self.mean)
+
+
+class Likelihood(NamedTuple):
+    """What a modality says of counts.
+
+    Attributes
+    ----------
+    total
+        Sum over cells, less penalties, to differentiate.
+    per_cell
+        Log-likelihood of each cell, shape ``(n,)``.
+    features
+        What the output layer saw, shape ``(n, n_hidden)``.
+    native_penalty
+        Mean penalty of native expression.
+    """
+
+    total: torch.Tensor
+    per_cell: torch.Tensor
+    features: torch.Tensor
+    native_penalty: torch.Tensor
 
 
 class Modality(nn.Module):
@@ -108,23 +130,12 @@ class Modality(nn.Module):
 
     def native(self, z: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Native expression rho, shape ``(n, n_vars)``."""
-        return self.native_of(self.features(z, batch))
-
-    def native_of(self, features: torch.Tensor) -> torch.Tensor:
-        """Native expression from what the output layer sees."""
-        return nn.functional.softplus(self.output(features).float())
+        return nn.functional.softplus(self.output(self.features(z, batch)).float())
 
     @property
     def has_profile(self) -> bool:
         """Whether the background is of the form ``"profile"``."""
         return isinstance(self.background, ProfileBackground)
-
-    def native_penalty(self, features: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
-        """Penalty of native expression, the mean over some cells of a minibatch, which stand for all of them."""
-        assert isinstance(self.background, ProfileBackground)
-        n = min(len(features), _CELLS_OF_PENALTY)
-        penalty = self.background.native_penalty(self.native_of(features[:n]))
-        return penalty.mean() if present is None else (penalty * present[:n]).mean()
 
     def background_of(self, batch: Batch, log_amount: torch.Tensor | None) -> torch.Tensor | None:
         """Background of cells, broadcast against ``(n, n_vars)``; ``None`` if there is none."""
@@ -138,15 +149,26 @@ class Modality(nn.Module):
         return None if self.scaling is None else _rows(*self.scaling(batch)).exp()
 
     def log_likelihood(
-        self, z: torch.Tensor, log_library: torch.Tensor, x: CSRRows, batch: Batch, present: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sum over cells, to differentiate, the value of each cell, and what the output layer saw."""
+        self,
+        z: torch.Tensor,
+        log_library: torch.Tensor,
+        x: CSRRows,
+        batch: Batch,
+        present: torch.Tensor | None,
+        *,
+        weight_l2: float = 0.0,
+        native_sparsity: float = 0.0,
+    ) -> Likelihood:
+        """Likelihood of counts, less the penalties that are computed with it."""
         log_amount = self.log_amount(x, log_library)
         theta, group = self.dispersion(batch, x.n_rows)
         background, background_group = (None, None) if self.background is None else self.background(batch)
         scaling, scaling_group = (None, None) if self.scaling is None else self.scaling(batch)
         features = self.features(z, batch)
-        total, value = background_output(
+        penalty = None
+        if isinstance(self.background, ProfileBackground) and native_sparsity:
+            penalty = NativePenalty(self.background.native_penalty, native_sparsity, max(1, x.n_rows // _PENALISED))
+        total, value, native = background_output(
             *(features, self.output.weight, self.output.bias, x, log_library[:, 0], theta),
             group=group,
             log_background=background,
@@ -155,8 +177,10 @@ class Modality(nn.Module):
             log_scaling=scaling,
             scaling_group=scaling_group,
             cell_weight=present,
+            weight_l2=weight_l2,
+            native_penalty=penalty,
         )
-        return total, value if present is None else value * present, features
+        return Likelihood(total, value if present is None else value * present, features, native)
 
     def log_amount(self, x: CSRRows, log_library: torch.Tensor) -> torch.Tensor | None:
         """Logarithm of the amount of background per unit of library size, shape ``(n, 1)``; ``None`` is 0.
@@ -178,12 +202,13 @@ class Modality(nn.Module):
         if self.library.log_scale is not None:
             yield "modality_scaling", self.library.scale_penalty()
         hidden = (p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name)
-        weights = [*hidden, self.output.weight]
+        weights = list(hidden)
         if config.decoder_weight_l2:
-            squares = torch.stack([weight.square().sum() for weight in weights])
-            yield "decoder_l2", config.decoder_weight_l2 * squares.sum()
+            # That of the last layer comes with the likelihood.
+            squares = [weight.square().sum() for weight in weights]
+            yield "decoder_l2", config.decoder_weight_l2 * torch.stack(squares).sum()
         if config.decoder_weight_l1:
-            magnitudes = torch.stack([weight.abs().sum() for weight in weights])
+            magnitudes = torch.stack([weight.abs().sum() for weight in [*weights, self.output.weight]])
             yield "decoder_l1", config.decoder_weight_l1 * magnitudes.sum()
 
 
@@ -341,7 +366,7 @@ class RegularizedVAE(nn.Module):
         latent = self.encode(rows, batch)
         z = latent.sample()
         total, per_cell = -kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
-        terms, native = {"kl_z": latent.kl.detach().sum()}, {}
+        terms = {"kl_z": latent.kl.detach().sum()}
         for term, penalty in penalties_of_z(self.config, z, self._dimensions_present(batch)):
             total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
             terms[term] = penalty.detach().sum()
@@ -351,25 +376,28 @@ class RegularizedVAE(nn.Module):
             kl = normal_kl(*library)
             kl = kl if present is None else kl * present
             log_library = library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
-            summed, value, features = modality.log_likelihood(z, log_library, x, batch, present)
+            summed, value, features, native = modality.log_likelihood(
+                *(z, log_library, x, batch, present),
+                weight_l2=self.config.decoder_weight_l2 * n / n_obs,
+                native_sparsity=self.config.native_sparsity * n / n_obs,
+            )
+            if modality.has_profile and self.config.native_sparsity:
+                terms[self._term("native_sparsity", name)] = self.config.native_sparsity * native * (n / n_obs)
             if self.config.hidden_sparsity is not None:
                 penalty = penalty_of_hidden(self.config.hidden_sparsity, features)
                 penalty = penalty if present is None else penalty * present
                 total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
                 terms[self._term("hidden_sparsity", name)] = penalty.detach().sum()
-            if modality.has_profile and self.config.native_sparsity:
-                native[name] = self.config.native_sparsity * modality.native_penalty(features, present)
             total = total + summed - kl.sum()
             per_cell = per_cell - value + kl.detach()
             terms[self._term("reconstruction_loss", name)] = -value.sum()
             terms[self._term("kl_l", name)] = kl.detach().sum()
         objective = -total / n
-        for name, penalty in native.items():
-            objective = objective + penalty / n_obs
-            terms[self._term("native_sparsity", name)] = penalty.detach() * (n / n_obs)
         for name in rows:
             for term, penalty in self.modality(name).penalties(self.config):
                 objective = objective + penalty / n_obs
+                if term == "decoder_l2":
+                    penalty = penalty + self.config.decoder_weight_l2 * _square(self.modality(name).output.weight)
                 terms[self._term(term, name)] = penalty.detach() * (n / n_obs)
         if self.relevance is not None:
             penalty = self.relevance.penalty()
@@ -406,6 +434,11 @@ class RegularizedVAE(nn.Module):
 
     def _term(self, term: str, modality: str) -> str:
         return term if len(self.modalities) == 1 else f"{term}_{modality}"
+
+
+def _square(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().reshape(-1)
+    return torch.dot(flat, flat)
 
 
 def total_counts(x: CSRRows) -> torch.Tensor:
