@@ -201,3 +201,30 @@ def test_draws_at_the_edges():
     drawn = draw_native(x, native, soup, 2.0, np.random.default_rng(0))
     np.testing.assert_array_equal(drawn[:4], [0, 0, 3, 3])
     assert 0 <= drawn[4] <= 3000
+
+
+@pytest.mark.parametrize("theta", [0.05, 0.3, 0.8, 30.0, np.inf])
+def test_native_part_of_a_corrected_count_lies_between_those_of_whole_ones(theta):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([[0.3, 1.2, 1e-3, 7.999, 3.0, 0.0], rng.gamma(0.5, 4.0, 300)])
+    native, soup = rng.gamma(0.5, 4, len(x)), rng.gamma(0.5, 4, len(x))
+    native[4:20:5], soup[2:20:4] = 0.0, 0.0
+    found = expected_native(x, native, soup, theta)
+    assert ((found >= 0) & (found <= x)).all()
+    below, above = (expected_native(whole, native, soup, theta) for whole in (np.floor(x), np.ceil(x)))
+    np.testing.assert_allclose(found, below + (x - np.floor(x)) * (above - below), rtol=1e-9)
+    if np.isinf(theta):
+        some = native + soup > 0
+        assert 0 < some.sum() < len(x)
+        share = native[some] / (native + soup)[some]
+        np.testing.assert_allclose(found[some], x[some] * share, rtol=1e-9)
+        np.testing.assert_array_equal(found[~some], x[~some])
+
+
+def test_draws_from_corrected_counts_are_whole_and_never_above_them():
+    rng = np.random.default_rng(0)
+    x = rng.gamma(0.5, 4.0, 2000)
+    drawn = draw_native(x, rng.gamma(0.5, 4, 2000), rng.gamma(0.5, 4, 2000), 0.3, rng)
+    np.testing.assert_array_equal(drawn, np.floor(drawn))
+    assert ((drawn >= 0) & (drawn <= x)).all()
+    assert drawn.sum() > 0.1 * x.sum()

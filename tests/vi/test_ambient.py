@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from scipy import integrate
@@ -21,6 +22,7 @@ from cellstill.metrics.ambient import (
     subtract_soup,
 )
 from cellstill.vi.ambient import ProfileBackground
+from cellstill.vi.rates import estimate_rates
 
 RATES = [0.0, 0.05, 0.2]
 SIZES = {"n_hidden": 64, "n_latent": 8}
@@ -87,7 +89,10 @@ def test_draws_agree_with_the_expectation(soup, model):
 
 
 def test_a_known_rate_is_taken_as_it_is(soup):
-    model = train(soup[0].counts, soup[3], ambient_rate={"0": 0.0, "1": 0.15})
+    adata = AnnData(soup[0].counts)
+    adata.obs["batch"] = soup[3]
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="batch")
+    model = AmbientRegularizedSCVI(adata, **SIZES, ambient_rate={0: 0.0, "1": 0.15}).train(max_epochs=1, batch_size=64)
     known = model.get_ambient_rate()
     np.testing.assert_allclose(known["rate"].iloc[:2], [0.0, 0.15], rtol=1e-6)
     np.testing.assert_allclose(known[["low", "high"]].iloc[1], 0.15, rtol=1e-6)
@@ -110,8 +115,18 @@ def test_one_cell_type_gets_a_warning_an_interval_and_no_correction(blocks):
 
 @pytest.mark.parametrize(
     ("rate", "message"),
-    [(1.0, r"'all_cells' is 1.0"), ({"0": -0.1}, r"'0' is -0.1"), ({"x": 0.1}, r"\['x'\], and the categories .*'0'")],
-    ids=["one", "negative", "unknown"],
+    [
+        (1.0, r"'all_cells' is 1.0"),
+        ({"0": -0.1}, r"'0' is -0.1"),
+        ({"x": 0.1}, r"\['x'\], and the categories .*'0'"),
+        ([0.1, 0.2], r"is \[0.1, 0.2\]. Give one number"),
+        ("0.1", "is '0.1'. Give one number"),
+        (True, "is True. Give one number"),
+        ({"0": "0.1"}, "'0' is '0.1'; it is a share"),
+        ({"0": float("nan")}, "'0' is nan"),
+        ({0: 0.1, "0": 0.2}, "a category twice"),
+    ],
+    ids=["one", "negative", "unknown", "list", "text", "bool", "text_of_one", "nan", "twice"],
 )
 def test_bad_rates_are_refused(soup, rate, message):
     adata = AnnData(soup[0].counts)
@@ -128,13 +143,129 @@ def test_rates_survive_the_store(model, tmp_path):
     assert (restored.get_denoised_counts() != model.get_denoised_counts()).nnz == 0
 
 
-def test_several_columns_share_the_soup():
+def of_two_columns(soup):
+    adata = AnnData(soup[0].counts)
+    adata.obs["batch"] = soup[3].astype(str)
+    # The same names in both columns, and a column that tells nothing.
+    adata.obs["site"] = np.where(soup[3] == 1, "1", "0")
+    AmbientRegularizedSCVI.setup_anndata(adata, ambient_covariate_keys=["batch", "site"])
+    return adata
+
+
+def test_several_columns_have_the_rate_of_their_combinations(soup, model, tmp_path):
+    adata = of_two_columns(soup)
+    both = AmbientRegularizedSCVI(adata, **SIZES).train(max_epochs=1, batch_size=64)
+    found, alone = both.get_ambient_rate(), model.get_ambient_rate()
+    assert found.index.tolist() == [("0", "0"), ("1", "1"), ("2", "0")]
+    assert found.index.names == ["batch", "site"]
+    np.testing.assert_array_equal(found.to_numpy(), alone.to_numpy())
+    profile = both.get_ambient_profile()
+    assert profile.index.equals(found.index)
+    np.testing.assert_allclose(profile, model.get_ambient_profile(), rtol=1e-5)
+    # The mean share over cells is the rate, not a part of it.
+    share = both.get_ambient_fraction().groupby(soup[3]).mean()
+    np.testing.assert_allclose(share, found["rate"], rtol=0.1, atol=2e-3)
+    both.save(tmp_path / "both")
+    restored = AmbientRegularizedSCVI.load(tmp_path / "both", adata.copy())
+    assert restored.get_ambient_rate().equals(found)
+    np.testing.assert_array_equal(restored.get_ambient_fraction(), both.get_ambient_fraction())
+    # Combinations that no cell had: as good as any is the median of those that are known.
+    other = adata[soup[3] == 0].copy()
+    other.obs["site"] = "1"
+    share = both.get_ambient_fraction(other).mean()
+    assert share == pytest.approx(np.median(found["rate"]), rel=0.3)
+
+
+def test_rates_of_several_columns_are_stated_by_tuple(soup):
+    adata = of_two_columns(soup)
+    model = AmbientRegularizedSCVI(adata, **SIZES, ambient_rate={("0", "0"): 0, (1, 1): 0.05, ("2", "0"): 0.2})
+    model.is_trained_ = True
+    np.testing.assert_allclose(model.get_ambient_rate()["rate"], [0, 0.05, 0.2], rtol=1e-6)
+    assert model.get_ambient_rate()["identified"].all()
+    with pytest.raises(InvalidArgumentError, match=r"\['1'\], and the combinations .*\('1', '1'\).* as tuples"):
+        AmbientRegularizedSCVI(adata, **SIZES, ambient_rate={"1": 0.1})
+
+
+def test_a_rate_without_a_background_of_that_form_is_refused(soup):
+    with pytest.raises(InvalidArgumentError, match="ambient_rate=0.1 is of no use"):
+        AmbientRegularizedSCVI(of_two_columns(soup), **SIZES, background="free", ambient_rate=0.1)
+
+
+def estimated(counts, code, n, known=None):
+    background = ProfileBackground({"batch": n}, counts.shape[1])
+    estimate_rates(background, counts, {"batch": code}, {"batch": [str(one) for one in range(n)]}, known, 0)
+    return background
+
+
+def test_categories_that_tell_nothing_get_the_median_of_the_others_within_their_bound(blocks):
+    clean, kind = blocks(900, 5, seed=3)
+    # The first category has one type of cells, the last no cell.
+    code = np.where(kind == 0, 0, 1)
+    dirty = add_soup(clean, 0.1, batch=code, profile=np.asarray(clean.sum(axis=0)).ravel(), seed=3)
+    with pytest.warns(CellstillWarning, match="'0'"):
+        found = estimated(dirty.counts, code, 3)
+    assert found.identified.tolist() == [False, True, False]
+    assert found.rate[1] > 0.05
+    np.testing.assert_array_equal(found.rate[[0, 2]], found.rate[1])
+    np.testing.assert_array_equal(found.interval[2], [0, 1])
+    with pytest.warns(CellstillWarning, match="'0'"):
+        high = estimated(dirty.counts, code, 3, {1: 0.95})
+    assert 0.1 < high.rate[0] < 0.9
+    assert high.rate[0] <= high.interval[0, 1]
+    assert high.rate[1:].tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_fractional_counts_keep_their_rate(soup):
+    counts = soup[0].counts.copy()
+    counts.data = counts.data * 0.75
+    found = estimated(counts, soup[3], 3)
+    assert found.identified.all()
+    np.testing.assert_allclose(found.rate[1:], soup[0].realised_rate[1:], rtol=0.2)
+
+
+def test_combinations_have_rows_and_all_others_share_one():
     background = ProfileBackground({"lane": 2, "site": 3}, 4)
-    for soup in background.soups:
-        torch.nn.init.normal_(soup.expected)
-    lane, site = (soup().exp().detach() for soup in background.soups)
-    table, group = background({"lane": torch.tensor([1, 0]), "site": torch.tensor([2, 2])})
-    torch.testing.assert_close(table.exp()[group], lane[[1, 0]] + site[[2, 2]])
+    lane, site = np.array([1, 0, 1, 0]), np.array([2, 2, 0, 2])
+    background.occur({"lane": lane, "site": site}, torch.tensor([[1, 1], [0, 2]]))
+    assert background.combinations.tolist() == [[1, 1], [0, 2], [1, 0], [1, 2]]
+    torch.nn.init.normal_(background.expected)
+    for repeats in (1, 3):
+        codes = {"lane": torch.tensor([1, 0, 1, 0] * repeats), "site": torch.tensor([2, 2, 1, 0] * repeats)}
+        table, group = background(codes)
+        torch.testing.assert_close(table[group], background.expected[[3, 1, 0, 4] * repeats])
+    copy = ProfileBackground({"lane": 2, "site": 3}, 4)
+    copy.load_state_dict(background.state_dict())
+    torch.testing.assert_close(copy(codes)[0], background(codes)[0])
+
+
+def test_soup_of_the_models_own_counts_is_recovered():
+    # mu = l softplus(W z + b) + r N chi, negative binomial plus Poisson, with other types in other batches.
+    rng = np.random.default_rng(4)
+    n, n_genes, rates = 900, 120, np.array([0.04, 0.16])
+    batch = np.arange(n) % 2
+    kind = np.where(rng.random(n) < 0.5, 2 + batch, rng.integers(0, 4, n))
+    z = 2.0 * np.eye(4)[kind] + 0.2 * rng.normal(size=(n, 4))
+    weight = rng.choice([-4.0, 1.0], (4, n_genes), p=[0.3, 0.7]) * rng.uniform(0.7, 1.3, (4, n_genes))
+    native = np.logaddexp(0, z @ weight + rng.normal(0, 0.5, n_genes)) * rng.lognormal(3.0, 0.3, n)[:, None]
+    chi = np.stack([native[batch == one].sum(axis=0) for one in range(2)])
+    chi /= chi.sum(axis=1, keepdims=True)
+    odds = (rates / (1 - rates))[batch]
+    soup = rng.poisson(odds[:, None] * native.sum(axis=1, keepdims=True) * chi[batch])
+    x = sp.csr_matrix(rng.poisson(native * rng.gamma(5.0, 0.2, native.shape)) + soup, dtype=np.float32)
+    adata = AnnData(x)
+    adata.obs["batch"] = batch
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="batch")
+    model = AmbientRegularizedSCVI(adata, **SIZES).train(max_epochs=15, batch_size=64, compile=True)
+    found = model.get_ambient_rate()
+    assert found["identified"].all()
+    np.testing.assert_allclose(found["rate"], rates, rtol=0.15)
+    assert ((found["low"] < rates) & (rates < found["high"])).all()
+    profile = model.get_ambient_profile().to_numpy()
+    # The batches differ by more than the estimates miss.
+    miss, apart = np.abs(profile - chi).sum(axis=1), np.abs(chi[0] - chi[1]).sum()
+    assert (miss < [0.1 * apart, 0.1 * apart]).all()
+    share = model.get_ambient_fraction().groupby(batch).mean()
+    np.testing.assert_allclose(share, rates, rtol=0.15)
 
 
 def test_the_native_penalty_prefers_absent_genes_and_no_scale():

@@ -155,7 +155,7 @@ def test_a_column_of_samples_is_no_batch_term(two_types):
     adata = two_types[:, :20].copy()
     adata.obs["lane"] = adata.obs["donor"].astype(str) + "_lane"
     AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
-    model = AmbientRegularizedSCVI(adata, n_hidden=8, n_latent=2, background=None).train(max_epochs=1)
+    model = AmbientRegularizedSCVI(adata, n_hidden=8, n_latent=2, background=False).train(max_epochs=1)
     result = model.differential_expression("condition", "treat", "ctrl", "donor")
     assert result.design == "~ condition"
 

@@ -235,6 +235,6 @@ def test_bad_input_is_named():
         model.get_latent_representation()
     data = cells()
     AmbientRegularizedSCVI.setup_anndata(data)
-    untrained = AmbientRegularizedSCVI(data, n_hidden=4, n_latent=2, background=None)
+    untrained = AmbientRegularizedSCVI(data, n_hidden=4, n_latent=2, background=False)
     with pytest.raises(NotTrainedError):
         untrained.minify_adata()

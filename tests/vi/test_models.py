@@ -16,6 +16,7 @@ import torch
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data.soup import expected_native
 from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.vi.evaluation import blocks, expected_means
 
 mpl.use("Agg")
 
@@ -243,7 +244,7 @@ def test_published_quick_starts_run(caplog):
     )
     model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
     profile = model.get_ambient_profile()
-    assert list(profile.index) == [("lane", "a"), ("lane", "b"), ("lane", "c"), ("site", "x"), ("site", "y")]
+    assert list(profile.index) == [(lane, site) for lane in "abc" for site in "xy"]
 
 
 def test_rna_alone_is_the_case_of_one_modality():
@@ -361,3 +362,58 @@ def test_stratified_split_takes_the_share_of_every_group(stratified):
     assert len(model.validation_indices_) == 18
     if stratified:
         assert (model.validation_indices_ < 10).sum() == 2
+
+
+def test_soup_keeps_its_rate_and_composition_beside_feature_scaling():
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(
+        adata,
+        batch_key="lane",
+        nn_conditioning_covariate_keys=["site"],
+        feature_scaling_covariate_keys=["lane", "site"],
+    )
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+    with torch.no_grad():
+        for gamma in model.module.modalities[0].scaling.gamma.tables:
+            gamma.normal_()
+    (block,) = blocks(model.module, model._cells(), batch_size=N)
+    with torch.inference_mode():
+        native, soup = (part.numpy() for part in expected_means(model.module, "rna", block))
+    total = np.asarray(adata.X.sum(axis=1))
+    # A gene that a lane does not show counts as half a count.
+    np.testing.assert_allclose(soup.sum(axis=1, keepdims=True), 0.1 * total, rtol=1e-3)
+    profile = model.get_ambient_profile().loc[adata.obs["lane"]].to_numpy()
+    np.testing.assert_allclose(soup / soup.sum(axis=1, keepdims=True), profile, rtol=1e-4)
+    fraction = soup.sum(axis=1) / (native + soup).sum(axis=1)
+    np.testing.assert_allclose(model.get_ambient_fraction(), fraction, rtol=1e-4)
+    part, batch = model.module.modalities[0], block.batch
+    with torch.inference_mode():
+        size = model.module.library("rna", block.counts["rna"], batch).mean.exp()
+        unscaled = part.native(block.latent.mean, batch) * size
+        np.testing.assert_allclose(native, unscaled * part.scaling_of(batch), rtol=1e-4)
+        # What training sees is what getters give.
+        table, group = part.background_table(batch)
+        amount = part.log_amount(block.counts["rna"], size.log(), None)
+        seen = (table[group] + amount).exp() * size * part.scaling_of(batch)
+        np.testing.assert_allclose(seen, soup, rtol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_cells_that_lack_a_modality_have_the_library_size_of_the_prior(residual):
+    mdata = make_mudata()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        part = mudata.MuData({"gex": mdata["gex"][20:].copy(), "peaks": mdata["peaks"].copy()})
+    RegularizedMultimodalVI.setup_mudata(part)
+    model = RegularizedMultimodalVI(part, **SMALL, residual_library=residual).train(max_epochs=2)
+    cells = model._cells()
+    lacks = ~cells.present["gex"]
+    size = model.get_latent_library_size(modality="gex")[:, 0]
+    np.testing.assert_allclose(size[lacks], size[lacks][0], rtol=1e-6)
+    assert 0.5 < size[lacks][0] / np.median(size[~lacks]) < 2
+    fraction = model.get_ambient_fraction(modality="gex").to_numpy()
+    np.testing.assert_array_equal(np.isnan(fraction), lacks)
+    predicted = model.get_normalized_expression(
+        modality="gex", library_size="latent", include_background=True, return_numpy=True
+    ).sum(axis=1)
+    assert 0.4 < np.median(predicted[lacks]) / np.median(predicted[~lacks]) < 2.5

@@ -39,14 +39,27 @@ def batch_of(counts, codes=None, present=None, continuous=None):
 
 
 def small(n_vars, **settings):
-    return ModalityConfig(n_vars=n_vars, n_hidden=12, n_latent=4, **settings)
+    return ModalityConfig(**{"n_vars": n_vars, "n_hidden": 12, "n_latent": 4, "background": "free", **settings})
 
 
-def build(config, counts, codes=None, present=None, seed=0):
+def build(config, counts, codes=None, present=None, seed=0, ambient_rate=None):
     torch.manual_seed(seed)
     module = RegularizedVAE(config)
-    start_from_data(module, counts, codes or {}, present or {}, np.arange(N))
+    start_from_data(module, counts, codes or {}, present or {}, np.arange(N), ambient_rate=ambient_rate)
     return module
+
+
+def predicted_totals(module, counts, codes):
+    """Expected totals of cells at the posterior means, and their library sizes."""
+    batch = batch_of({"rna": counts}, codes)
+    with torch.no_grad():
+        rows = module.rows(batch)
+        part = module.modality("rna")
+        log_size = module.library("rna", rows["rna"], batch).mean
+        expression = part.native(module.encode(rows, batch).mean, batch)
+        background = module.background_of("rna", rows["rna"], batch, log_size)
+        expression = expression if background is None else expression + background
+        return (log_size.exp() * expression).sum(dim=1).numpy(), log_size.exp()
 
 
 @pytest.fixture
@@ -56,7 +69,7 @@ def codes():
 
 
 @pytest.mark.parametrize("sensitivity", [0.2, 1.0, 5.0])
-@pytest.mark.parametrize("background", ["free", None])
+@pytest.mark.parametrize("background", ["free", "profile", None])
 def test_predicted_totals_match_observed_totals_at_the_start(sensitivity, background, codes):
     counts = {"rna": counts_of(80)}
     config = VAEConfig(
@@ -65,19 +78,32 @@ def test_predicted_totals_match_observed_totals_at_the_start(sensitivity, backgr
         ambient=("lane",),
         library="lane",
     )
-    module = build(config, counts, codes).eval()
-    batch = batch_of(counts, codes)
-    with torch.no_grad():
-        rows = module.rows(batch)
-        part = module.modality("rna")
-        size = module.library("rna", rows["rna"], batch).mean.exp()
-        expression = part.native(module.encode(rows, batch).mean, batch)
-        if background is not None:
-            expression = expression + part.background_of(batch, None)
-        predicted = (size * expression).sum(dim=1).numpy()
+    module = build(config, counts, codes, ambient_rate=0.15 if background == "profile" else None).eval()
+    predicted, size = predicted_totals(module, counts["rna"], codes)
     observed = np.asarray(counts["rna"].sum(axis=1)).ravel()
     np.testing.assert_allclose(predicted, observed, rtol=0.05)
     assert size.median().item() == pytest.approx(sensitivity, rel=0.2)
+
+
+@pytest.mark.parametrize("sensitivity", [0.2, 5.0])
+@pytest.mark.parametrize("background", ["free", "profile", None])
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_predicted_counts_match_in_sum_where_totals_do_not_enter_library_sizes(spread, background, sensitivity, codes):
+    rng = np.random.default_rng(4)
+    rates = rng.gamma(0.5, 40.0, 80) * rng.lognormal(0, spread, (N, 1))
+    counts = sp.csr_matrix(rng.poisson(rates), dtype=np.float32)
+    config = VAEConfig(
+        modalities={"rna": small(80, sensitivity=sensitivity, background=background)},
+        categories={"lane": 3},
+        ambient=("lane",),
+        library="lane",
+        residual_library=False,
+    )
+    rate = 0.15 if background == "profile" else None
+    module = build(config, {"rna": counts}, codes, ambient_rate=rate).eval()
+    predicted, size = predicted_totals(module, counts, codes)
+    assert predicted.sum() == pytest.approx(counts.sum(), rel=0.05)
+    np.testing.assert_allclose(size, sensitivity, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sensitivity", [0.2, 1.0, 5.0])

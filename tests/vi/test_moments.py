@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 from scipy import stats
 
+from cellstill.errors import InvalidArgumentError
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.moments import inverse_dispersion
@@ -110,7 +111,8 @@ def test_the_model_starts_from_them(known, fraction):
     theta, mean = known
     counts, _ = simulate(theta, mean)
     config = VAEConfig(
-        modalities={"rna": ModalityConfig(n_vars=N_GENES, n_hidden=8, n_latent=2)}, dispersion_start=fraction
+        modalities={"rna": ModalityConfig(n_vars=N_GENES, n_hidden=8, n_latent=2, background="free")},
+        dispersion_start=fraction,
     )
     module = RegularizedVAE(config)
     start_from_data(module, {"rna": counts}, {}, {}, np.arange(N))
@@ -126,10 +128,12 @@ def test_the_model_starts_from_them(known, fraction):
 
 def test_poisson_has_no_dispersion_to_start():
     counts, _ = simulate(np.full(30, 2.0), np.full(30, 2.0))
-    config = VAEConfig(
-        modalities={"rna": ModalityConfig(n_vars=30, n_hidden=8, n_latent=2, likelihood="poisson")},
-        dispersion_start=0.9,
-    )
+    sizes = {"n_vars": 30, "n_hidden": 8, "n_latent": 2, "background": None}
+    poisson = ModalityConfig(likelihood="poisson", **sizes)
+    config = VAEConfig(modalities={"atac": poisson, "rna": ModalityConfig(**sizes)}, dispersion_start=0.9)
     module = RegularizedVAE(config)
-    start_from_data(module, {"rna": counts}, {}, {}, np.arange(N))
-    assert (module.modality("rna").dispersion.theta >= 1e8).all()
+    start_from_data(module, {"atac": counts, "rna": counts}, {}, {}, np.arange(N))
+    assert (module.modality("atac").dispersion.theta >= 1e8).all()
+    assert module.modality("rna").dispersion.mean.detach().std() > 0
+    with pytest.raises(InvalidArgumentError, match=r"dispersion_start=0.9 .* likelihood='poisson' has none"):
+        VAEConfig(modalities={"rna": poisson}, dispersion_start=0.9)

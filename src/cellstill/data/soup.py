@@ -230,7 +230,9 @@ def expected_native(x: np.ndarray, native: np.ndarray, soup: np.ndarray, theta: 
     Parameters
     ----------
     x
-        Observed counts, non-negative integers. Zeros stay zero, so that the non-zeros of a sparse matrix are enough.
+        Observed counts, non-negative. Zeros stay zero, so that the non-zeros of a sparse matrix are enough. The sum is
+        over whole counts: what is expected of a count that was corrected before, and is no longer whole, lies between
+        what is expected of the whole numbers below and above, as the count does.
     native, soup
         Expected native and soup counts :math:`\mu` and :math:`\beta` of the same entries, non-negative. Where both are
         0 nothing is known, and the count is left as it is.
@@ -241,9 +243,14 @@ def expected_native(x: np.ndarray, native: np.ndarray, soup: np.ndarray, theta: 
     -------
     Float64, between 0 and ``x``. The terms are summed until the rest is below 1e-12 of the sum.
     """
-    terms = _Terms.of(x, native, soup, theta)
-    total, first, _ = terms.sums()
-    return terms.native(np.minimum(first / total, terms.count))
+    x, native, soup, theta = np.broadcast_arrays(*(np.asarray(v, dtype=np.float64) for v in (x, native, soup, theta)))
+    below = np.floor(x)
+    expected = _expected_of_whole(below, native, soup, theta)
+    part = np.nonzero(x > below)
+    if len(part[0]):
+        above = _expected_of_whole(below[part] + 1, native[part], soup[part], theta[part])
+        expected[part] += (x - below)[part] * (above - expected[part])
+    return np.minimum(expected, x)
 
 
 def draw_native(
@@ -254,7 +261,7 @@ def draw_native(
     Parameters
     ----------
     x, native, soup, theta
-        As there.
+        As there; of a count that is no longer whole, its whole part is split.
     rng
         Source of the draws, one for each entry of ``x``.
 
@@ -262,8 +269,8 @@ def draw_native(
     -------
     Float64, whole numbers between 0 and ``x``.
     """
-    terms = _Terms.of(x, native, soup, theta)
-    uniform = rng.random(np.shape(x))[terms.where]
+    terms = _Terms.of(np.floor(x), native, soup, theta)
+    uniform = rng.random(terms.x.shape)[terms.where]
     total, _, log_scale = terms.sums()
     goal = np.log(uniform) + np.log(total) + log_scale
     drawn = np.zeros(len(terms.count))
@@ -278,6 +285,12 @@ def draw_native(
             log_weight = log_weight + np.log(terms.ratio(k, place))
         reached = np.logaddexp(reached, log_weight)
     return terms.native(drawn)
+
+
+def _expected_of_whole(x: np.ndarray, native: np.ndarray, soup: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    terms = _Terms.of(x, native, soup, theta)
+    total, first, _ = terms.sums()
+    return terms.native(np.minimum(first / total, terms.count))
 
 
 @dataclass(frozen=True)

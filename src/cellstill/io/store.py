@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def save_store(
     config: Mapping[str, Any],
     *,
     overwrite: bool = False,
+    beside: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """Write a model to a folder.
 
@@ -100,6 +101,8 @@ def save_store(
         Everything else, in a form that JSON can hold.
     overwrite
         Replace a folder that exists.
+    beside
+        Further files of the folder: what writes each, by name. Overwriting a folder that holds others is refused.
 
     Raises
     ------
@@ -111,7 +114,10 @@ def save_store(
     import cellstill
 
     header = {"schema_version": SCHEMA_VERSION, "kind": kind, "cellstill_version": cellstill.__version__}
-    with atomic_directory(path, overwrite=overwrite, ours=(_CONFIG, _TENSORS)) as folder:
+    beside = beside or {}
+    with atomic_directory(path, overwrite=overwrite, ours=(_CONFIG, _TENSORS, *beside)) as folder:
+        for name, write in beside.items():
+            write(folder / name)
         # Written as bytes, because safetensors makes files that only their owner can read.
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         (folder / _TENSORS).write_bytes(save(arrays))

@@ -41,6 +41,34 @@ def on_device(
         module.to(home)
 
 
+def chosen_device(accelerator: str, device: int | str = "auto") -> torch.device:
+    """Device by the names that scvi-tools gives to ``load``.
+
+    Parameters
+    ----------
+    accelerator
+        ``"cpu"``, ``"gpu"``, or ``"auto"``: a CUDA device if there is one.
+    device
+        Number of the CUDA device; ``"auto"`` is the current one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is no such device.
+    """
+    check_option("accelerator", accelerator, ACCELERATORS)
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator == "cpu" or (accelerator == "auto" and not n_devices):
+        return torch.device("cpu")
+    index = (torch.cuda.current_device() if n_devices else 0) if device == "auto" else device
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < n_devices:
+        raise InvalidArgumentError(
+            f"accelerator={accelerator!r}, device={device!r}: this machine has {n_devices} CUDA devices. Give the "
+            "number of one of them, from 0, or use accelerator='cpu'."
+        )
+    return torch.device("cuda", index)
+
+
 def join(accelerator: str, devices: int) -> Ranks:
     """Start the processes that train on several devices, unless they run already.
 

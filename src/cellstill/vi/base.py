@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,13 @@ import torch
 from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_args
 from cellstill.data.annotations import gather_obs, is_mudata
 from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_key
+from cellstill.io.anndata import read_anndata, read_mudata
 from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
 from cellstill.nn.compiled import CompileMode
+from cellstill.train.devices import chosen_device
 from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
-from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.config import ModalityConfig, VAEConfig, whole_number
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 _log = logging.getLogger("cellstill")
+
+_ADATA, _MDATA = "adata.h5ad", "mdata.h5mu"
+"""Data beside a saved model, under the names that scvi-tools uses."""
 
 
 class RegularizedModel(MinifiableModel):
@@ -48,6 +54,7 @@ class RegularizedModel(MinifiableModel):
         restored: Mapping[str, Any] | None,
     ) -> Cells | None:
         """Take over registered data; returns them read, unless the model is restored from a store."""
+        seed = whole_number("seed", seed, least=0)
         super().__init__(data, registry)
         self.seed = seed
         self._known_rows: Rows | None = None
@@ -93,7 +100,13 @@ class RegularizedModel(MinifiableModel):
             **settings,
         )
 
-    def _build(self, config: VAEConfig, cells: Cells | None, ambient_rate: Rate = None) -> None:
+    def _build(
+        self,
+        config: VAEConfig,
+        cells: Cells | None,
+        ambient_rate: Rate = None,
+        reference: RegularizedVAE | None = None,
+    ) -> None:
         """Make the module, and start it from data."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -104,6 +117,7 @@ class RegularizedModel(MinifiableModel):
                     categories={code_of(column): names for column, names in self._categories.items()},
                     ambient_rate=ambient_rate,
                     seed=self.seed,
+                    reference=reference,
                 )
         self.module.eval()
         shown = ", ".join(
@@ -175,7 +189,9 @@ class RegularizedModel(MinifiableModel):
             Fall of the loss, per feature, that counts as one; 0 counts any. Larger stops sooner.
         kl_warmup
             Steps (int) or share of all steps (float) over which the weight of the divergence of z rises to 1. Longer
-            lets the model explain the counts first.
+            lets the model explain the counts first, and large networks learn cells by heart. What is given is kept,
+            also where it leaves little of the training at full weight; the default always ends within the first third.
+            Epochs before its end are not watched for early stopping.
         weight_decay
             Decay of the weights towards zero. Larger regularises more.
         gradient_clip
@@ -204,8 +220,13 @@ class RegularizedModel(MinifiableModel):
             )
         if max_epochs is not None and max_epochs < 0:
             raise InvalidArgumentError(f"max_epochs={max_epochs} is below 0.")
-        if lr <= 0:
+        if not lr > 0:
             raise InvalidArgumentError(f"lr={lr} has to be above 0.")
+        if not weight_decay >= 0:
+            raise InvalidArgumentError(f"weight_decay={weight_decay} is below 0.")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise InvalidArgumentError(f"gradient_clip={gradient_clip} has to be above 0, or None not to clip.")
+        patience = whole_number("early_stopping_patience", early_stopping_patience, least=0)
         for name, value in (modality_lr or {}).items():
             check_key("modality_lr", name, "modalities", self.modality_names)
             if not value >= 0:
@@ -226,7 +247,7 @@ class RegularizedModel(MinifiableModel):
             weight_decay=weight_decay,
             batch_size=batch_size,
             kl_warmup=kl_warmup,
-            patience=early_stopping_patience if early_stopping else None,
+            patience=patience if early_stopping else None,
             min_delta=early_stopping_min_delta_per_feature * n_features,
             gradient_clip=gradient_clip,
             accelerator=accelerator,
@@ -244,21 +265,29 @@ class RegularizedModel(MinifiableModel):
         self.is_trained_ = True
         return self
 
-    def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the model to a folder: safetensors and JSON, no pickle, no counts.
+    def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False, save_anndata: bool = False) -> None:
+        """Write the model to a folder: safetensors and JSON, no pickle, and no counts unless they are asked for.
 
         Parameters
         ----------
         dir_path
             Folder; it appears only when it is complete.
         overwrite
-            Replace a folder that exists.
+            Replace a folder that exists. One with data is not replaced by one without.
+        save_anndata
+            Write the model's data into the folder too, as ``adata.h5ad`` or ``mdata.h5mu``; :meth:`load` reads them.
 
         Raises
         ------
         StoreError
             The folder exists, or cannot be written.
+        InvalidArgumentError
+            ``save_anndata=True``, and the model has no data.
         """
+        beside = {}
+        if save_anndata:
+            data = self._require_data()
+            beside = {_MDATA if is_mudata(data) else _ADATA: lambda path: _write_data(data, path)}
         tensors = {f"module.{name}": value.cpu().numpy() for name, value in self.module.state_dict().items()}
         for name, names in self._features.items():
             tensors[f"features.{name}"] = names_to_array(names)
@@ -275,11 +304,22 @@ class RegularizedModel(MinifiableModel):
             "known_rows": self._known_rows,
             "history": {name: frame[name].tolist() for name, frame in (self.history_ or {}).items()},
         }
-        save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
+        save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite, beside=beside)
 
     @classmethod
-    def _load(cls, dir_path: str | os.PathLike[str], data: AnnData | MuData | None) -> Self:
+    def _load(
+        cls,
+        dir_path: str | os.PathLike[str],
+        data: AnnData | MuData | Literal[False] | None,
+        accelerator: str = "cpu",
+        device: int | str = "auto",
+    ) -> Self:
+        place = chosen_device(accelerator, device)
         tensors, config = load_store(dir_path, cls.__name__)
+        if data is None:
+            data = _read_data(Path(dir_path))
+        elif data is False:
+            data = None
         try:
             keys = CovariateKeys.from_dict(config["setup"]["keys"])
             restored = {
@@ -311,6 +351,7 @@ class RegularizedModel(MinifiableModel):
         model._take_only_new(config.get("known_rows"))
         if data is not None:
             model._cells(counts=False)
+        model.to_device(place)
         return model
 
     @classmethod
@@ -404,6 +445,21 @@ class RegularizedModel(MinifiableModel):
     def _column_codes(self, column: str) -> np.ndarray:
         values = gather_obs(self._require_data(), {column: "stratify_validation_key"})[column]
         return pd.factorize(values.astype(str))[0]
+
+
+def _write_data(data: AnnData | MuData, path: Path) -> None:
+    if is_mudata(data):
+        data.write(path)
+    else:
+        # Columns of text stay what they are, here and in the file.
+        data.write_h5ad(path, convert_strings_to_categoricals=False)
+
+
+def _read_data(folder: Path) -> AnnData | MuData | None:
+    """Data that were saved with a model."""
+    if (folder / _ADATA).is_file():
+        return read_anndata(folder / _ADATA)
+    return read_mudata(folder / _MDATA) if (folder / _MDATA).is_file() else None
 
 
 def _group(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 from cellstill.errors import InvalidArgumentError, check_option
@@ -40,21 +42,19 @@ class ModalityConfig:
     n_hidden: int = 512
     n_layers: int = 1
     n_latent: int = 128
-    background: Background | None = "free"
+    background: Background | None = "profile"
     feature_scaling: bool = False
     likelihood: Literal["negative_binomial", "poisson"] = "negative_binomial"
     sensitivity: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("n_vars", "n_hidden", "n_layers", "n_latent"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least 1.")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         if self.background is not None:
             check_option("background", self.background, ("profile", "free"))
         check_option("likelihood", self.likelihood, ("negative_binomial", "poisson"))
-        if not self.sensitivity > 0:
-            raise InvalidArgumentError(f"sensitivity={self.sensitivity!r} has to be above 0.")
+        if not 0 < self.sensitivity < math.inf:
+            raise InvalidArgumentError(f"sensitivity={self.sensitivity!r} has to be a finite number above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +145,14 @@ class VAEConfig:
         if not self.modalities:
             raise InvalidArgumentError("modalities is empty: a model needs at least one.")
         object.__setattr__(self, "modalities", dict(sorted(self.modalities.items())))
-        widths = {name: modality.n_latent for name, modality in self.modalities.items()}
-        if self.latent_mode == "weighted_mean" and len(set(widths.values())) > 1:
+        self._check_one_latent()
+        object.__setattr__(self, "library_hidden", whole_number("library_n_hidden", self.library_hidden, least=1))
+        if not 0 < self.library_variance_weight < math.inf:
             raise InvalidArgumentError(
-                f"latent_mode='weighted_mean' needs the same n_latent in all modalities; found {widths}. Give one "
-                "number, or use latent_mode='concatenation'."
+                f"library_variance_weight={self.library_variance_weight!r} has to be a finite number above 0."
             )
         self._check_penalties()
+        self._check_effects()
 
     @property
     def n_latent(self) -> int:
@@ -162,6 +163,35 @@ class VAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold."""
         return asdict(self)
+
+    def _check_one_latent(self) -> None:
+        """One z needs encoders of one size, and one encoder one size of everything."""
+        alike: dict[str, tuple[str, ...]] = {
+            "weighted_mean": ("n_latent",),
+            "single_encoder": ("n_latent", "n_hidden", "n_layers"),
+        }
+        for argument in alike.get(self.latent_mode, ()):
+            sizes = {name: getattr(modality, argument) for name, modality in self.modalities.items()}
+            if len(set(sizes.values())) > 1:
+                raise InvalidArgumentError(
+                    f"latent_mode={self.latent_mode!r} needs the same {argument} in all modalities; found {sizes}. "
+                    "Give one number, or use latent_mode='concatenation'."
+                )
+
+    def _check_effects(self) -> None:
+        """Refuse what was asked for and would change nothing."""
+        modalities = self.modalities.values()
+        backgrounds = {name: modality.background or False for name, modality in self.modalities.items()}
+        if self.regularise_background and "free" not in backgrounds.values():
+            raise InvalidArgumentError(
+                f"regularise_background=True is a prior on a background that is learned, and none is: found "
+                f"{backgrounds}. Leave it out, or use background='free'."
+            )
+        if self.dispersion_start is not None and all(modality.likelihood == "poisson" for modality in modalities):
+            raise InvalidArgumentError(
+                f"dispersion_start={self.dispersion_start!r} starts inverse dispersions, and likelihood='poisson' has "
+                "none. Leave it out, or use likelihood='negative_binomial'."
+            )
 
     def _check_penalties(self) -> None:
         n_hidden = min(modality.n_hidden for modality in self.modalities.values())
@@ -193,3 +223,10 @@ class VAEConfig:
         }
         plain["modalities"] = {name: ModalityConfig(**one) for name, one in config["modalities"].items()}
         return cls(**plain)
+
+
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """Return an integer of any type, such as NumPy's, as ``int``; refuse all else, naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least {least}.")
+    return int(value)

@@ -16,9 +16,6 @@ from cellstill.errors import CellstillWarning, InvalidArgumentError
 
 _log = logging.getLogger("cellstill")
 
-_RESERVED = ("rows", "continuous")
-"""Entries of a minibatch beside the codes, which go by the names of their columns."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CovariateKeys:
@@ -100,8 +97,7 @@ class CovariateKeys:
         ------
         InvalidArgumentError
             ``batch_key`` beside a key it stands for, a column named twice for one purpose, a categorical column that is
-            also continuous or called ``"rows"`` or ``"continuous"``, or ``encoder_covariate_keys=True`` with no
-            conditioning keys.
+            also continuous, or ``encoder_covariate_keys=True`` with no conditioning keys.
 
         Warns
         -----
@@ -148,11 +144,6 @@ class CovariateKeys:
                 f"continuous_covariate_keys: {both[0]!r} is also a categorical covariate. Use it as one or the other; "
                 "for both, copy the column under another name."
             )
-        reserved = [column for column in keys.columns if column in _RESERVED]
-        if reserved:
-            raise InvalidArgumentError(
-                f"The column name {reserved[0]!r} has a meaning of its own here. Rename it in obs."
-            )
         keys._say_what_has_one_group()
         return keys
 
@@ -161,6 +152,13 @@ class CovariateKeys:
         """Distinct categorical columns that the model uses, in the order of their first purpose."""
         single = [column for column in (self.dispersion, self.library_size) if column is not None]
         return tuple(dict.fromkeys([*self.ambient, *self.conditioning, *self.feature_scaling, *single, *self.encoder]))
+
+    @property
+    def left_to_z(self) -> tuple[str, ...]:
+        """Columns of additive background, dispersion or library size that nothing else takes up."""
+        named = [*self.ambient, self.dispersion, self.library_size]
+        taken_up = {*self.conditioning, *self.feature_scaling, None}
+        return tuple(dict.fromkeys(column for column in named if column is not None and column not in taken_up))
 
     @property
     def arguments(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.priors import normal_kl
-from cellstill.vi.evaluation import Block, blocks, to_numpy
+from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
 from cellstill.vi.module import Latent
@@ -35,6 +35,9 @@ class Criticism(Getters):
         seed: int = 0,
     ) -> float | np.ndarray:
         """Evidence lower bound of cells, at one draw of z and of library size; larger is better.
+
+        Log-likelihood less divergences: the sign is that of scvi-tools' ``get_elbo``. ``history_["elbo_train"]`` and
+        ``history_["elbo_validation"]`` are losses, the negative of it, as they are there.
 
         Parameters
         ----------
@@ -70,6 +73,8 @@ class Criticism(Getters):
     ) -> dict[str, float | np.ndarray]:
         """Negative log-likelihood of cells given a draw of z and of library size; smaller is better.
 
+        The sign is that of scvi-tools' ``get_reconstruction_error``, and of the history's ``reconstruction_loss``.
+
         Parameters
         ----------
         adata, indices, batch_size, return_mean, seed
@@ -104,7 +109,7 @@ class Criticism(Getters):
     ) -> float | np.ndarray:
         """Log-likelihood of cells with z and library size integrated out, by importance sampling; larger is better.
 
-        An estimate from below, closer with more samples.
+        An estimate from below, closer with more samples. The sign is that of scvi-tools' ``get_marginal_ll``.
 
         Parameters
         ----------
@@ -156,15 +161,10 @@ class Criticism(Getters):
             for block in self._blocks(adata, indices, batch_size, counts=False):
                 theta, group = part.dispersion(block.batch, block.counts[name].n_rows)
                 theta = theta if group is None else theta[group]
-                scaling = part.scaling_of(block.batch)
                 for parts in drawn:
                     log_library = _draw(self.module.library(name, block.counts[name], block.batch))
-                    background = self.module.background_of(name, block.counts[name], block.batch, log_library)
-                    mean = part.native(block.latent.sample(), block.batch)
-                    mean = mean if background is None else mean + background
-                    mean = mean if scaling is None else mean * scaling
-                    mean = mean * log_library.exp()
-                    mean = _of_present(block, name, mean)
+                    native, background = expected_means(self.module, name, block, block.latent.sample(), log_library)
+                    mean = _of_present(block, name, native if background is None else native + background)
                     rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
                     parts.append(sp.csr_matrix(to_numpy(torch.poisson(rate))))
         samples = [sp.vstack(parts, format="csr") for parts in drawn]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cellstill.data.soup import draw_native, expected_native
-from cellstill.vi.evaluation import Block, to_numpy
+from cellstill.vi.evaluation import Block, expected_means, to_numpy
 from cellstill.vi.module import RegularizedVAE
 
 
@@ -56,18 +56,9 @@ def expected_parts(module: RegularizedVAE, name: str, block: Block, rows: np.nda
         Cell of each stored entry of the block.
     """
     modality, counts = module.modality(name), block.counts[name]
-    log_library = module.library(name, counts, block.batch).mean
-    background = module.background_of(name, counts, block.batch, log_library)
+    native, background = expected_means(module, name, block)
     assert background is not None
-    scaling = modality.scaling_of(block.batch)
     genes, cells = counts.indices.long(), torch.from_numpy(rows).to(counts.indices.device)
-    native = modality.native(block.latent.mean, block.batch)
-    library = log_library[:, 0].exp()
-
-    def at(values: torch.Tensor) -> torch.Tensor:
-        return values[cells if len(values) == len(native) else torch.zeros_like(cells), genes]
-
-    size = library[cells] if scaling is None else library[cells] * at(scaling)
     theta = None
     if modality.has_profile:
         table, group = modality.dispersion(block.batch, counts.n_rows)
@@ -75,7 +66,7 @@ def expected_parts(module: RegularizedVAE, name: str, block: Block, rows: np.nda
         theta = to_numpy(table[torch.zeros_like(cells) if group is None else group[cells], genes])
     # float64: where both parts are tiny, their ratio still counts.
     return Parts(
-        native=to_numpy(size * at(native)).astype(np.float64),
-        background=to_numpy(size * at(background)).astype(np.float64),
+        native=to_numpy(native[cells, genes]).astype(np.float64),
+        background=to_numpy(background[cells, genes]).astype(np.float64),
         theta=None if theta is None else theta.astype(np.float64),
     )

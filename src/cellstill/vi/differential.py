@@ -16,7 +16,7 @@ from cellstill.de import BayesianConfig, DEResult, PseudobulkConfig, bayesian_de
 from cellstill.errors import InvalidArgumentError, check_option
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.criticism import Criticism
-from cellstill.vi.evaluation import Block, blocks, native_expression, to_numpy
+from cellstill.vi.evaluation import Block, blocks, expected_means, native_expression, to_numpy
 from cellstill.vi.getters import Target
 from cellstill.vi.module import RegularizedVAE
 
@@ -184,12 +184,8 @@ def posterior_draws(
 def _information(module: RegularizedVAE, name: str, block: Block) -> torch.Tensor:
     """Fisher information of each count about the logarithm of its native expression, cells x features."""
     modality, n = module.modality(name), len(block.latent.mean)
-    counts, scaling = block.counts[name], modality.scaling_of(block.batch)
-    log_library = module.library(name, counts, block.batch).mean
-    background = module.background_of(name, counts, block.batch, log_library)
-    size = log_library.exp() if scaling is None else log_library.exp() * scaling
-    native = size * modality.native(block.latent.mean, block.batch)
-    expected = native if background is None else native + size * background
+    native, background = expected_means(module, name, block)
+    expected = native if background is None else native + background
     theta, group = modality.dispersion(block.batch, n)
     theta = theta if group is None else theta[group]
     return native.square() / (expected + expected.square() / theta).clamp(min=torch.finfo(expected.dtype).tiny)

@@ -71,6 +71,31 @@ def native_expression(
     return total.div_(len(targets))
 
 
+def expected_means(
+    module: RegularizedVAE,
+    name: str,
+    block: Block,
+    z: torch.Tensor | None = None,
+    log_library: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Expected native and background counts of a block, cells x features; ``None`` without background.
+
+    Parameters
+    ----------
+    module, name, block
+        Module, modality, cells.
+    z, log_library
+        Shapes ``(n, n_latent)`` and ``(n, 1)``; ``None`` takes the posterior means.
+    """
+    modality, counts = module.modality(name), block.counts[name]
+    z = block.latent.mean if z is None else z
+    log_library = module.library(name, counts, block.batch).mean if log_library is None else log_library
+    scaling = modality.scaling_of(block.batch)
+    size = log_library.exp() if scaling is None else log_library.exp() * scaling
+    background = module.background_of(name, counts, block.batch, log_library)
+    return modality.native(z, block.batch).mul_(size), None if background is None else background * size
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Copy to the host."""
     return tensor.cpu().numpy()

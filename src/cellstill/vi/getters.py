@@ -17,7 +17,8 @@ from cellstill.io.arrays import Out, output_array
 from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.base import RegularizedModel
 from cellstill.vi.denoising import expected_parts
-from cellstill.vi.evaluation import blocks, native_expression, to_numpy
+from cellstill.vi.evaluation import blocks, expected_means, native_expression, to_numpy
+from cellstill.vi.parts import Background
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -222,8 +223,9 @@ class Getters(RegularizedModel):
 
         Returns
         -------
-        Categories x features; each row sums to 1. Rows are indexed by category, or by column and category where there
-        are several ambient covariates, whose backgrounds add up.
+        Categories x features; each row sums to 1. Where there are several ambient covariates, a background of the form
+        ``"profile"`` has a row for each combination of their categories that occurs, with a level of the index for each
+        covariate; backgrounds of the form ``"free"`` add up, and rows are indexed by column and category.
 
         Raises
         ------
@@ -235,7 +237,7 @@ class Getters(RegularizedModel):
             tables = [to_numpy(table.exp()).astype(np.float64) for table in background.tables()]
         profile = np.vstack(tables)
         profile /= profile.sum(axis=1, keepdims=True)
-        return pd.DataFrame(profile, index=self._ambient_index(), columns=self._features[name])
+        return pd.DataFrame(profile, index=self._ambient_index(background), columns=self._features[name])
 
     def get_ambient_rate(self, *, modality: str | None = None) -> pd.DataFrame:
         """Share of ambient RNA in the counts of each category.
@@ -248,8 +250,9 @@ class Getters(RegularizedModel):
         Returns
         -------
         One row per category, as in :meth:`get_ambient_profile`: ``rate``; ``low`` and ``high``, an interval of about
-        95 %; ``identified``, whether counts tell the rate at all (:func:`~cellstill.vi.soup.estimate_soup`). Where they
-        do not, ``rate`` is that of the other categories, or 0, and ``high`` is what it cannot be above.
+        95 %; ``identified``, whether counts tell the rate at all (:func:`~cellstill.vi.soup.estimate_soup`), or it was
+        stated. Where it is not, ``rate`` is the median of the other categories' rates, but not more than the lower end
+        that counts show, and 0 where no category's is identified; ``high`` is what it cannot be above.
 
         Raises
         ------
@@ -261,12 +264,11 @@ class Getters(RegularizedModel):
             raise InvalidArgumentError(
                 f"The background of {name!r} is free: it has no rate. Give the model background='profile'."
             )
-        frames = []
-        for soup in map(background.of, range(len(background.soups))):
-            low, high = to_numpy(soup.interval).T
-            frame = {"rate": to_numpy(soup.rate), "low": low, "high": high, "identified": to_numpy(soup.identified)}
-            frames.append(pd.DataFrame(frame))
-        return pd.concat(frames).set_axis(self._ambient_index(), axis=0)
+        low, high = to_numpy(background.interval).T
+        found = {"rate": to_numpy(background.rate), "low": low, "high": high}
+        found["identified"] = to_numpy(background.identified)
+        n = len(background.combinations)
+        return pd.DataFrame({key: values[:n] for key, values in found.items()}, index=self._ambient_index(background))
 
     def get_ambient_fraction(
         self,
@@ -285,21 +287,18 @@ class Getters(RegularizedModel):
 
         Returns
         -------
-        Indexed by cell.
+        Indexed by cell; NaN for cells that lack the modality.
         """
         self._require_trained()
         name, _ = self._background(modality)
         cells = self._cells(adata, counts=False)[indices]
         fraction = np.empty(len(cells))
         for block in blocks(self.module, cells, batch_size):
-            counts = block.counts[name]
-            log_library = self.module.library(name, counts, block.batch).mean
-            background = self.module.background_of(name, counts, block.batch, log_library)
+            native, background = expected_means(self.module, name, block)
             assert background is not None
-            native = self.module.modality(name).native(block.latent.mean, block.batch)
-            fraction[block.rows] = to_numpy(
-                (background / (native.sum(dim=1, keepdim=True) + background.sum(dim=1, keepdim=True))).sum(dim=1)
-            )
+            share = background.sum(dim=1) / (native.sum(dim=1) + background.sum(dim=1))
+            present = block.batch.get(f"{name}/present")
+            fraction[block.rows] = to_numpy(share if present is None else share.where(present > 0, torch.nan))
         return pd.Series(fraction, index=cells.obs_names, name="ambient_fraction")
 
     def get_denoised_counts(
@@ -314,11 +313,11 @@ class Getters(RegularizedModel):
     ) -> sp.csr_matrix:
         r"""Counts without ambient background, never above the observed ones.
 
-        At the posterior mean of z, given the observed counts: the native part is negative binomial with mean
-        :math:`l \rho y`, a background of the form ``"profile"`` is Poisson with mean :math:`l b y`, and the native part
-        of their sum follows by Bayes (:func:`~cellstill.data.soup.expected_native`), exactly. A ``"free"`` background
-        shares the native part's fluctuations, as published; the native part is then binomial with the share
-        :math:`\rho / (\rho + b)`.
+        At the posterior mean of z, given the observed counts. With a background of the form ``"profile"`` native counts
+        are taken to be negative binomial with mean :math:`l \rho y`, and soup Poisson with mean :math:`r N \chi`; the
+        native part of their sum follows by Bayes (:func:`~cellstill.data.soup.expected_native`). Training takes the sum
+        for negative binomial, which is close to this and quicker. A ``"free"`` background shares the native part's
+        fluctuations, as published: the native part is then binomial with the share :math:`\rho / (\rho + b)`.
 
         Parameters
         ----------
@@ -358,13 +357,17 @@ class Getters(RegularizedModel):
         check_option("modality", name, names)
         return name
 
-    def _ambient_index(self) -> pd.Index:
-        """Categories of the ambient covariates."""
+    def _ambient_index(self, background: Background | ProfileBackground) -> pd.Index:
+        """Categories of the ambient covariates, or combinations of them."""
         columns = list(self._keys.ambient)
         if not columns:
             return pd.Index(["all_cells"])
         if len(columns) == 1:
             return pd.Index(self._categories[columns[0]], name=columns[0])
+        if isinstance(background, ProfileBackground):
+            rows = to_numpy(background.combinations)
+            names = [np.asarray(self._categories[column], dtype=object)[rows[:, k]] for k, column in enumerate(columns)]
+            return pd.MultiIndex.from_arrays(names, names=columns)
         pairs = [(column, category) for column in columns for category in self._categories[column]]
         return pd.MultiIndex.from_tuples(pairs, names=["covariate", "category"])
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 
+from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.module import RegularizedVAE
 
 Rows = Mapping[str, int]
@@ -34,22 +36,27 @@ def grow(reference: RegularizedVAE, started: RegularizedVAE, told: Collection[st
     -------
     Known rows of each parameter that has grown.
     """
-    of_data = []
+    of_data: list[str] = []
+    done: list[str] = []
     for i, name in enumerate(started.config.modalities):
-        if name not in told:
-            continue
         old, new = reference.modality(name), started.modality(name)
-        of_data += [f"modalities.{i}{part}" for part in _OF_DATA]
-        # Library sizes of new cells are in the unit of the reference.
-        log_unit = new.library.center - old.library.center
-        new.library.shift(log_unit)
-        if new.background is not None:
-            new.background.shift(-log_unit)
+        if name in told:
+            of_data += [f"modalities.{i}{part}" for part in _OF_DATA]
+            # Library sizes of new cells are in the unit of the reference.
+            log_unit = new.library.center - old.library.center
+            new.library.shift(log_unit)
+            if new.background is not None:
+                new.background.shift(-log_unit)
+        if isinstance(new.background, ProfileBackground):
+            new.background.take_over(cast(ProfileBackground, old.background), told=name in told)
+            done.append(f"modalities.{i}.background.")
     known = reference.state_dict()
     known_rows: dict[str, int] = {}
     learned = dict(started.named_parameters())
     with torch.no_grad():
         for name, tensor in started.state_dict().items():
+            if name.startswith(tuple(done)):
+                continue
             values = known[name].to(tensor)
             if values.shape == tensor.shape:
                 tensor.copy_(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from cellstill.vi.analysis import Analysis
 from cellstill.vi.config import NATIVE_SPARSITY, Background, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
+from cellstill.vi.rates import Rate
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,9 +29,11 @@ class AmbientRegularizedSCVI(Analysis):
 
     .. math::
         z_n \sim \mathrm{Normal}(0, I), \qquad
-        \mu_{ng} = l_n\,(\mathrm{softplus}(f([z_n, c_n]))_g + b_{e(n)g})\,y_{ng}, \qquad
+        \mu_{ng} = l_n\,\mathrm{softplus}(f([z_n, c_n]))_g\,y_{ng} + r_{e(n)} N_n \chi_{e(n)g}, \qquad
         x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_{g,d(n)})
 
+    with library size l, feature scaling y, and ambient RNA as the share r of a cell's counts N, of the composition
+    :math:`\chi`; ``background="free"`` has the published :math:`l_n (\mathrm{softplus}(\cdot)_g + b_{e(n)g})\, y_{ng}`.
     Priors of the parts keep a large network from explaining noise, so that the sizes need no tuning.
 
     Parameters
@@ -49,13 +52,15 @@ class AmbientRegularizedSCVI(Analysis):
         the genes that some cells lack, with about the composition of all cells
         (:class:`~cellstill.vi.ambient.ProfileBackground`). ``"free"`` learns it gene by gene, as published: what it
         removes is close to its start, a fifth of the counts, because counts alone do not tell it from low expression.
-        ``None`` leaves it out.
+        ``False`` leaves it out.
     ambient_rate
         Known share of ambient RNA in the counts, such as one from empty droplets, instead of an estimate: of all cells,
-        or by category of the ambient covariates.
+        or by category of the ambient covariate, ``{"s1": 0.08}``; where there are several, by tuple of categories that
+        occur together, ``{("s1", "x"): 0.08}``. What is left out is estimated. Only for a ``"profile"`` background.
     native_sparsity
         Weight of the sparse prior on native expression beside a ``"profile"`` background, in cells: larger leaves less
-        of the genes that a cell has little of, and takes more for soup. 0 leaves it out.
+        of the genes that a cell has little of, and takes more for soup. 0 leaves it out. Without such a background it
+        is not used.
     use_feature_scaling
         Give genes a factor for each category of the feature scaling covariates, or one factor without any. ``None``
         does where such covariates were named.
@@ -74,7 +79,7 @@ class AmbientRegularizedSCVI(Analysis):
     residual_library
         Start from the observed totals.
     regularise_background
-        Put the prior Gamma(1, 100) on the background, which pulls it to 0.01.
+        Put the prior Gamma(1, 100) on a ``"free"`` background, which pulls it to 0.01.
     regularise_dispersion
         Put the containment prior on dispersions. Without it they may take up what z should explain.
     decoder_weight_l2
@@ -90,7 +95,8 @@ class AmbientRegularizedSCVI(Analysis):
         sparser.
     hidden_sparsity
         Put the prior Gamma(``hidden_sparsity`` / n_hidden, 1) on the activations of the decoder's last hidden layer:
-        about so many are then large in a cell. Smaller is sparser.
+        about so many are then large in a cell. Smaller is sparser. It is warmed up as the divergence of z is, and
+        needs longer than the default for that: ``train(kl_warmup=1/3)``.
     ard
         Learn the prior variance of each dimension of z (automatic relevance determination); dimensions that are not
         needed shrink towards this standard deviation, in the course of hundreds of epochs. Smaller shrinks them
@@ -102,7 +108,7 @@ class AmbientRegularizedSCVI(Analysis):
         ``sensitivity``.
     dispersion_start
         Start inverse dispersions from the spread of the counts, of which this share is left to z: 0.9 is the published
-        one. Larger starts closer to Poisson. ``None`` starts them all at 9.
+        one. Larger starts closer to Poisson. ``None`` starts them all at 9. Not for ``likelihood="poisson"``.
     seed
         Seeds initial weights, split, shuffling, dropout and draws.
 
@@ -128,8 +134,8 @@ class AmbientRegularizedSCVI(Analysis):
         n_latent: int = 128,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
-        background: Background | None = "profile",
-        ambient_rate: float | Mapping[str, float] | None = None,
+        background: Background | Literal[False] = "profile",
+        ambient_rate: Rate = None,
         use_feature_scaling: bool | None = None,
         use_batch_in_decoder: bool = False,
         likelihood: Literal["negative_binomial", "poisson"] = "negative_binomial",
@@ -154,6 +160,11 @@ class AmbientRegularizedSCVI(Analysis):
     ) -> None:
         cells = self._start(adata, None, seed, None)
         assert cells is not None
+        if background is None:
+            raise InvalidArgumentError(
+                "background=None may mean none, or the default. Say background=False to leave it out, or "
+                "background='profile', the default."
+            )
         keys = self._keys
         scaling = bool(keys.feature_scaling) if use_feature_scaling is None else use_feature_scaling
         modality = ModalityConfig(
@@ -161,7 +172,7 @@ class AmbientRegularizedSCVI(Analysis):
             n_hidden=n_hidden,
             n_layers=n_layers,
             n_latent=n_latent,
-            background=background,
+            background=None if background is False else background,
             feature_scaling=scaling,
             likelihood=likelihood,
             sensitivity=sensitivity,
@@ -252,7 +263,8 @@ class AmbientRegularizedSCVI(Analysis):
         Warns
         -----
         CellstillWarning
-            Batches differ by a factor per gene, as technologies do, and no key takes that up.
+            Categories of the ambient, dispersion or library size covariates differ by a factor per gene, as
+            technologies do, and no key takes that up.
         """
         if adata.is_view:
             raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
@@ -272,11 +284,11 @@ class AmbientRegularizedSCVI(Analysis):
         keys.check(adata.obs)
         check_unique_genes(adata.var_names)
         check_counts(adata, layer, allow_noninteger=allow_noninteger)
-        if batch_key is not None and batch_key not in (*keys.conditioning, *keys.feature_scaling):
-            values = adata.obs[batch_key].astype("category")
+        for column in keys.left_to_z:
+            values = adata.obs[column].astype("category")
             names = [str(name) for name in values.cat.categories]
             counts = as_csr(get_layer(adata, layer))
-            warn_if_multiplicative(counts, values.cat.codes.to_numpy(dtype=np.int64), names, batch_key)
+            warn_if_multiplicative(counts, values.cat.codes.to_numpy(dtype=np.int64), names, column)
         register(
             cls,
             adata,
@@ -287,7 +299,14 @@ class AmbientRegularizedSCVI(Analysis):
         )
 
     @classmethod
-    def load(cls, dir_path: str | os.PathLike[str], adata: AnnData | None = None) -> AmbientRegularizedSCVI:
+    def load(
+        cls,
+        dir_path: str | os.PathLike[str],
+        adata: AnnData | Literal[False] | None = None,
+        *,
+        accelerator: str = "cpu",
+        device: int | str = "auto",
+    ) -> AmbientRegularizedSCVI:
         """Read a model that :meth:`save` wrote.
 
         Parameters
@@ -295,11 +314,17 @@ class AmbientRegularizedSCVI(Analysis):
         dir_path
             Folder.
         adata
-            Data to attach; genes are matched by name, in any order.
+            Data to attach; genes are matched by name, in any order. ``None`` attaches those that were saved with the
+            model, if any; ``False`` attaches none.
+        accelerator, device
+            Where the model goes: ``"cpu"``, ``"gpu"``, or ``"auto"``, a CUDA device if there is one; and the number of
+            that device. :meth:`to_device` moves it later. Training chooses its own device.
 
         Raises
         ------
         StoreError
             The folder is absent, damaged, of another class, or from a newer cellstill.
+        InvalidArgumentError
+            There is no such device.
         """
-        return cls._load(dir_path, adata)
+        return cls._load(dir_path, adata, accelerator, device)

@@ -20,6 +20,7 @@ from cellstill.vi.library import Library, LibraryPosterior
 from cellstill.vi.networks import GaussianEncoder, Trunk
 from cellstill.vi.parts import Background, Dispersion, FeatureScaling, NoOverdispersion
 from cellstill.vi.penalties import Relevance, dimensions_present, penalties_of_z, penalty_of_hidden
+from cellstill.vi.tables import join
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -139,10 +140,25 @@ class Modality(nn.Module):
 
     def background_of(self, batch: Batch, log_amount: torch.Tensor | None) -> torch.Tensor | None:
         """Background of cells, broadcast against ``(n, n_vars)``; ``None`` if there is none."""
-        if self.background is None:
+        table, group = self.background_table(batch)
+        if table is None:
             return None
-        background = _rows(*self.background(batch))
+        background = _rows(table, group)
         return (background if log_amount is None else background + log_amount).exp()
+
+    def background_table(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Log background by group and feature, before feature scaling, and the group of each cell."""
+        if self.background is None:
+            return None, None
+        table, group = self.background(batch)
+        if not self.has_profile or self.scaling is None:
+            return table, group
+        # Soup has the composition that was observed, scaled as it is.
+        scaling, own = self.scaling(batch)
+        if own is group or own is None:
+            return table - scaling, group
+        rows = torch.zeros_like(own) if group is None else group
+        return join([table, -scaling], [rows, own])
 
     def scaling_of(self, batch: Batch) -> torch.Tensor | None:
         """Feature scaling of cells, as :meth:`background_of`."""
@@ -160,9 +176,9 @@ class Modality(nn.Module):
         native_sparsity: float = 0.0,
     ) -> Likelihood:
         """Likelihood of counts, less the penalties that are computed with it."""
-        log_amount = self.log_amount(x, log_library)
+        log_amount = self.log_amount(x, log_library, present)
         theta, group = self.dispersion(batch, x.n_rows)
-        background, background_group = (None, None) if self.background is None else self.background(batch)
+        background, background_group = self.background_table(batch)
         scaling, scaling_group = (None, None) if self.scaling is None else self.scaling(batch)
         features = self.features(z, batch)
         penalty = None
@@ -182,12 +198,16 @@ class Modality(nn.Module):
         )
         return Likelihood(total, value if present is None else value * present, features, native)
 
-    def log_amount(self, x: CSRRows, log_library: torch.Tensor) -> torch.Tensor | None:
+    def log_amount(self, x: CSRRows, log_library: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor | None:
         """Logarithm of the amount of background per unit of library size, shape ``(n, 1)``; ``None`` is 0.
 
         Soup is a share of what was counted. The library size is not: it may grow while native expression shrinks.
+        Cells that lack the modality have the amount of a cell of their library size.
         """
-        return self.library.log_observed(total_counts(x)) - log_library if self.has_profile else None
+        if not self.has_profile:
+            return None
+        amount = self.library.log_observed(total_counts(x)) - log_library
+        return amount if present is None else amount * present[:, None]
 
     def penalties(self, config: VAEConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Negative log priors of what stands for the data as a whole."""
@@ -217,10 +237,12 @@ class RegularizedVAE(nn.Module):
 
     .. math::
         z_n \sim \mathrm{Normal}(0, I), \quad
-        \mu_{nf} = l_n (\mathrm{softplus}(f([z_n, c_n]))_f + b_{e(n)f})\, y_{nf}, \quad
+        \mu_{nf} = l_n\, \mathrm{softplus}(f([z_n, c_n]))_f\, y_{nf} + s_{nf}, \quad
         x_{nf} \sim \mathrm{NB}(\mu_{nf}, \theta_{fd(n)})
 
-    per modality, all of whose decoders see the whole of z (:class:`~cellstill.vi.config.VAEConfig`).
+    with the expected soup :math:`s_{nf} = r_{e(n)} N_n \chi_{e(n)f}`, a share r of the counts N of a cell
+    (:class:`~cellstill.vi.ambient.ProfileBackground`), or :math:`s_{nf} = l_n b_{e(n)f}\, y_{nf}` where the background
+    is ``"free"``; per modality, all of whose decoders see the whole of z (:class:`~cellstill.vi.config.VAEConfig`).
 
     A minibatch is a dictionary: ``<modality>/data``, ``/indices`` and ``/indptr`` (CSR rows, empty where a cell lacks
     the modality), ``<modality>/present`` (float32, if some cells lack it), codes by column (int64), and ``continuous``.
@@ -325,15 +347,22 @@ class RegularizedVAE(nn.Module):
         return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
-        """Posterior of the log library size of a modality, as :meth:`encode`."""
+        """Posterior of the log library size of a modality, as :meth:`encode`; the prior where a cell lacks it."""
         found = self.modality(name).library(x, total_counts(x), batch.get("continuous"), batch)
+        present = batch.get(f"{name}/present")
+        if present is not None:
+            has = present[:, None] > 0
+            found = found._replace(
+                mean=torch.where(has, found.mean, found.prior_mean),
+                variance=torch.where(has, found.variance, found.prior_variance),
+            )
         stored = batch.get(f"{name}/library")
         return found if stored is None else found._replace(mean=stored[:, :1], variance=stored[:, 1:])
 
     def background_of(self, name: str, x: CSRRows, batch: Batch, log_library: torch.Tensor) -> torch.Tensor | None:
         """Background of cells per unit of library size, as :meth:`Modality.background_of`."""
         modality = self.modality(name)
-        return modality.background_of(batch, modality.log_amount(x, log_library))
+        return modality.background_of(batch, modality.log_amount(x, log_library, batch.get(f"{name}/present")))
 
     def loss(
         self, batch: Batch, kl_weight: float = 1.0, n_obs: int | None = None, skip_n_obs_check: bool = False

@@ -14,6 +14,7 @@ from cellstill.vi.cells import Cells
 from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
+from cellstill.vi.rates import Rate
 from cellstill.vi.roles import ROLES, resolve_roles
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class RegularizedMultimodalVI(Analysis):
 
     .. math::
         z_n = [z_n^{(1)}; \ldots; z_n^{(M)}], \qquad
-        \mu^{(m)}_{nf} = l^{(m)}_n\,(\mathrm{softplus}(f^{(m)}([z_n, c_n]))_f + b^{(m)}_{e(n)f})\,y^{(m)}_{nf}
+        \mu^{(m)}_{nf} = l^{(m)}_n\,\mathrm{softplus}(f^{(m)}([z_n, c_n]))_f\,y^{(m)}_{nf} + s^{(m)}_{nf}
+
+    with the expected background s, as there.
 
     Cells may lack modalities: they add nothing to the terms of those, and the part of z that belongs to them is the
     prior.
@@ -43,12 +46,13 @@ class RegularizedMultimodalVI(Analysis):
         ``use_feature_scaling``, ``likelihood`` and ``sensitivity``.
     background, use_feature_scaling
         ``None`` follows the modality's role: a ``"profile"`` background for RNA, a ``"free"`` one for protein, feature
-        scaling for ATAC. A background of ``False`` leaves it out.
+        scaling for ATAC. ``False`` leaves either out.
     ambient_rate
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`; of all modalities with a ``"profile"`` background.
     latent_mode
         ``"concatenation"``: each modality has a part of z, in the order of the names. ``"weighted_mean"``: one z, the
-        mean of the modalities' posteriors with learned weights. ``"single_encoder"``: one z of one encoder.
+        mean of the modalities' posteriors with learned weights, for which all have the same ``n_latent``.
+        ``"single_encoder"``: one z of one encoder, for which all have the same sizes.
     dropout_rate, use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
     regularise_background, regularise_dispersion, native_sparsity, decoder_weight_l2, theta_sampling, seed
@@ -76,7 +80,7 @@ class RegularizedMultimodalVI(Analysis):
         n_layers: int | Mapping[str, int] = 1,
         dropout_rate: float = 0.1,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
-        ambient_rate: float | Mapping[str, float] | None = None,
+        ambient_rate: Rate = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
         use_batch_in_decoder: bool = False,
         likelihood: str | Mapping[str, str] = "negative_binomial",
@@ -117,13 +121,11 @@ class RegularizedMultimodalVI(Analysis):
         modalities = {}
         for name in names:
             usual = ROLES[roles[name]]
-            own_background = backgrounds[name]
-            if own_background is None:
-                own_background = usual.background or False
+            own_background = usual.background if backgrounds[name] is None else backgrounds[name]
             own_scaling = usual.feature_scaling if scalings[name] is None else scalings[name]
             modalities[name] = ModalityConfig(
                 n_vars=len(self._features[name]),
-                background=own_background or None,
+                background=None if own_background is False else own_background,
                 feature_scaling=own_scaling,
                 **{argument: values[name] for argument, values in settings.items()},
             )
@@ -220,7 +222,8 @@ class RegularizedMultimodalVI(Analysis):
         Warns
         -----
         CellstillWarning
-            Cells without counts of a modality; batches that differ by a factor per feature of RNA.
+            Cells without counts of a modality; categories of the ambient, dispersion or library size covariates that
+            differ by a factor per feature of RNA.
         """
         if not hasattr(mdata, "mod"):
             raise InvalidArgumentError(
@@ -248,11 +251,11 @@ class RegularizedMultimodalVI(Analysis):
         )
         keys.check(complete_obs(mdata, keys.arguments))
         cells = Cells.read(mdata, keys, layers=layers, allow_noninteger=allow_noninteger)
-        if batch_key is not None and batch_key not in (*keys.conditioning, *keys.feature_scaling):
-            for name in (name for name, role in roles.items() if role == "rna"):
-                has = cells.present[name]
+        for name in (name for name, role in roles.items() if role == "rna"):
+            has = cells.present[name]
+            for column in keys.left_to_z:
                 warn_if_multiplicative(
-                    cells.counts[name][has], cells.codes[batch_key][has], cells.categories[batch_key], batch_key
+                    cells.counts[name][has], cells.codes[column][has], cells.categories[column], column
                 )
         register(
             cls,
@@ -269,7 +272,14 @@ class RegularizedMultimodalVI(Analysis):
         )
 
     @classmethod
-    def load(cls, dir_path: str | os.PathLike[str], mdata: MuData | None = None) -> RegularizedMultimodalVI:
+    def load(
+        cls,
+        dir_path: str | os.PathLike[str],
+        mdata: MuData | Literal[False] | None = None,
+        *,
+        accelerator: str = "cpu",
+        device: int | str = "auto",
+    ) -> RegularizedMultimodalVI:
         """Read a model that :meth:`save` wrote.
 
         Parameters
@@ -277,14 +287,20 @@ class RegularizedMultimodalVI(Analysis):
         dir_path
             Folder.
         mdata
-            Data to attach; features are matched by name, in any order.
+            Data to attach; features are matched by name, in any order. ``None`` attaches those that were saved with the
+            model, if any; ``False`` attaches none.
+        accelerator, device
+            Where the model goes: ``"cpu"``, ``"gpu"``, or ``"auto"``, a CUDA device if there is one; and the number of
+            that device. :meth:`to_device` moves it later. Training chooses its own device.
 
         Raises
         ------
         StoreError
             The folder is absent, damaged, of another class, or from a newer cellstill.
+        InvalidArgumentError
+            There is no such device.
         """
-        return cls._load(dir_path, mdata)
+        return cls._load(dir_path, mdata, accelerator, device)
 
 
 def _each(argument: str, value: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Query(Differential):
         unfrozen
             Train everything. Known cells then move.
         ambient_rate
-            Known share of ambient RNA in the new cells, as for the model itself; otherwise it is estimated.
+            Known share of ambient RNA, as for the model itself, in the cells of new ambient categories; otherwise it is
+            estimated. Cells of known categories keep the soup of the reference.
         min_gene_overlap
             Smallest share of the model's features that each modality must have. Larger is safer.
 
@@ -66,7 +67,7 @@ class Query(Differential):
         Raises
         ------
         InvalidArgumentError
-            The reference is of another class, or ``adata`` a view.
+            The reference is of another class, or ``adata`` a view; or ``ambient_rate`` is that of no new category.
         NotTrainedError
             The reference is not trained.
         StoreError
@@ -107,7 +108,8 @@ class Query(Differential):
         counted = [name for name, has in cells.present.items() if has.any()]
         sizes = {code_of(column): len(names) for column, names in cells.categories.items()}
         config = replace(reference.module.config, categories=sizes)
-        model._build(config, replace(cells, counts={name: cells.counts[name] for name in counted}), ambient_rate)
+        told = replace(cells, counts={name: cells.counts[name] for name in counted})
+        model._build(config, told, ambient_rate, reference.module)
         model.module.to(reference.device)
         known_rows = grow(reference.module, model.module, counted)
         if not unfrozen:
@@ -123,7 +125,7 @@ class Query(Differential):
     @classmethod
     def _reference(cls, reference_model: Any) -> Self:
         if isinstance(reference_model, (str, os.PathLike)):
-            reference_model = cls._load(reference_model, None)
+            reference_model = cls._load(reference_model, False)
         if type(reference_model) is not cls:
             raise InvalidArgumentError(
                 f"reference_model is a {type(reference_model).__name__}, not a {cls.__name__} or the folder of one."

@@ -26,7 +26,7 @@ import scipy.sparse as sp
 from cellstill.data.counts import as_csr
 from cellstill.data.pca import fit_pca
 from cellstill.data.soup import batch_codes
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError
 
 # Quantiles of q that stand for its lower end: the estimate, and how far down and up it may be read. Where many genes
 # pile up there, the first of them are those that spread and noise made low: the estimate moves into the pile.
@@ -40,7 +40,8 @@ _MIN_PAIRS = 300
 _MAX_PAIRS = 4000
 _MIN_PILE = 0.025
 _PILE_WIDTH = 1.5
-_NEGLIGIBLE, _IMPLAUSIBLE = 0.02, 0.35
+# A lower end that is taken as it is, if the upper end of its interval is no more than the second number.
+_NEGLIGIBLE, _NEGLIGIBLE_UPPER, _IMPLAUSIBLE = 0.02, 0.05, 0.35
 _MIN_STEEPNESS = 0.3
 _N_COMPS = 20
 _CELLS_PER_CLUSTER = 50
@@ -48,7 +49,6 @@ _CLUSTERS = (4, 20)
 _N_ITER = 200
 _MAX_CELLS = 30_000
 _N_BOOTSTRAP, _N_ITER_BOOTSTRAP = 20, 25
-_MAX_CV_ERROR = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +70,6 @@ class SoupEstimate:
     pile
         Share of the pairs of gene and cluster that lie within a factor of 1.5 of the lower end, ``(n_batches,)``:
         the evidence for ``identified``.
-    profile
-        Pooled expression of each batch, which soup equals to first order, ``(n_batches, n_vars)``; rows sum to 1.
-    spread
-        Standard deviation of the log rate between cells, ``(n_batches,)``; NaN where counts are too few to tell.
     batches
         Names of the batches, in the order of the rows.
     """
@@ -83,21 +79,12 @@ class SoupEstimate:
     interval: np.ndarray
     identified: np.ndarray
     pile: np.ndarray
-    profile: np.ndarray
-    spread: np.ndarray
     batches: tuple[Any, ...]
 
-    def start(self, otherwise: float = 0.0) -> np.ndarray:
-        """Rates to start a model from, ``(n_batches,)``.
 
-        A batch whose own rate is not identified gets the median of those that are, but not more than its ``bound``, and
-        ``otherwise`` (the same way) where no batch has one. 0, the default, removes nothing.
-        """
-        median = float(np.median(self.rate[self.identified])) if self.identified.any() else otherwise
-        return np.where(self.identified, self.rate, np.minimum(median, self.bound))
-
-
-def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed: int = 0) -> SoupEstimate:
+def estimate_soup(
+    counts: Any, batch: Any = None, *, clusters: Any = None, seed: int = 0, allow_noninteger: bool = False
+) -> SoupEstimate:
     """Estimate the share of ambient RNA in each batch, without being told types, rates or profile.
 
     The counts are split in two by fair binomial thinning. Each half is clustered (principal components of Pearson
@@ -109,11 +96,12 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     them where nothing lies just above. The interval goes from the quantile of 0.4 to that of 4 times the level, widened
     by a bootstrap over genes.
 
-    A lower end of at most 0.02 is taken as it is: the rate can only be less. A higher one identifies the rate if it is
-    at most 0.35, at least 2.5 % of the pairs pile up there, and they are at least 0.3 of those within a factor of 2.25:
-    genes that are absent have an end, genes that are merely lower in one cluster than in another have a tail that keeps
-    rising. Where every gene is expressed in every type at, say, an eighth of its highest level, that eighth looks like
-    soup to this and any other method that knows the counts alone.
+    A lower end of at most 0.02 is taken as it is, since the rate can only be less, if the interval ends at 0.05 or
+    below: of few genes or counts, some are low by chance. A higher one identifies the rate if it is at most 0.35, at
+    least 2.5 % of the pairs pile up there, and they are at least 0.3 of those within a factor of 2.25: genes that are
+    absent have an end, genes that are merely lower in one cluster than in another have a tail that keeps rising. Where
+    every gene is expressed in every type at, say, an eighth of its highest level, that eighth looks like soup to this
+    and any other method that knows the counts alone.
 
     Of more than 30,000 cells about as many are drawn, evenly from all batches.
 
@@ -131,6 +119,9 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
         Those found from these same counts bias the rate low where cells differ in nothing but noise.
     seed
         Seed of the split, the clustering and the bootstrap.
+    allow_noninteger
+        Accept fractional values, such as corrected counts. Each is replaced by one of the two whole numbers beside it,
+        drawn so that its expectation stays: rounding to the nearest would empty genes of small values.
 
     Returns
     -------
@@ -145,12 +136,15 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     ------
     InvalidArgumentError
         ``batch`` or ``clusters`` do not fit the cells, or there are fewer than 2 cells with counts.
+    InvalidCountsError
+        ``counts`` hold values that are not finite, negative, or (without ``allow_noninteger``) fractional.
 
     References
     ----------
     Young and Behjati (2020), GigaScience 9:giaa151, whose automatic estimate rests on the same genes.
     """
     x = as_csr(counts)
+    _check_counts(x, allow_noninteger)
     codes, names = batch_codes(batch, x.shape[0])
     known = None if clusters is None else batch_codes(clusters, x.shape[0], argument="clusters")[0]
     rng = np.random.default_rng(seed)
@@ -158,16 +152,17 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
     if x.shape[0] > _MAX_CELLS:
         kept = _some_of_each(codes, n, rng)
         x, codes, known = x[kept], codes[kept], None if known is None else known[kept]
+    if allow_noninteger:
+        x = _whole(x, rng)
     folds = list(_folds(x, rng)) if known is None else [(known, x)]
-    rate, bound, pile, spread = np.full(n, np.nan), np.ones(n), np.zeros(n), np.full(n, np.nan)
+    rate, bound, pile = np.full(n, np.nan), np.ones(n), np.zeros(n)
     interval, identified = np.tile([0.0, 1.0], (n, 1)), np.zeros(n, dtype=bool)
-    profile = np.zeros((n, x.shape[1]))
     for e in range(n):
         members = np.flatnonzero(codes == e)
         own = [(cluster[members], half[members]) for cluster, half in folds]
         total = np.sum([np.asarray(half.sum(axis=0, dtype=np.float64)).ravel() for _, half in own], axis=0)
-        profile[e] = total / max(total.sum(), 1.0)
-        observed, expected, gene = _pairs(own, profile[e], rng)
+        profile = total / max(total.sum(), 1.0)
+        observed, expected, gene = _pairs(own, profile, rng)
         if len(observed) < _MIN_PAIRS:
             continue
         likelihood = _likelihood(observed, expected)
@@ -180,15 +175,42 @@ def estimate_soup(counts: Any, batch: Any = None, *, clusters: Any = None, seed:
         found = _quantile(mixture, max(level, 0.5 * pile[e]) if alone else level)
         low, high = _bootstrap(likelihood, gene, mixture, (_LOWER * level, _UPPER * level), rng)
         piled = pile[e] >= max(_MIN_PILE, _MIN_STEEPNESS * wider) and found <= _IMPLAUSIBLE
-        identified[e] = bool(found <= _NEGLIGIBLE or piled)
+        high = max(high, found)
+        identified[e] = high <= _NEGLIGIBLE_UPPER if found <= _NEGLIGIBLE else piled
         bound[e] = found
-        interval[e] = (min(low, found) if identified[e] else 0.0, max(high, found))
+        interval[e] = (min(low, found) if identified[e] else 0.0, high)
         if identified[e]:
             rate[e] = found
-            spread[e] = _spread(own, profile[e], found, mixture)
-    result = SoupEstimate(rate, bound, interval, identified, pile, profile, spread, tuple(names))
+    result = SoupEstimate(rate, bound, interval, identified, pile, tuple(names))
     _warn(result)
     return result
+
+
+def _check_counts(x: sp.csr_matrix, allow_noninteger: bool) -> None:
+    data = x.data
+    problem = (
+        "values that are not finite" if not np.isfinite(data).all() else "negative values" if (data < 0).any() else ""
+    )
+    remedy = "Give raw counts."
+    if not problem and not allow_noninteger and (data != np.floor(data)).any():
+        problem = "values that are not integers"
+        remedy = "Give raw counts, or pass allow_noninteger=True for counts that were corrected."
+    if problem:
+        raise InvalidCountsError(
+            f"counts hold {problem} ({x.nnz} stored values, {data.min():g} to {data.max():g}). {remedy}"
+        )
+
+
+def _whole(x: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
+    """Round each value up or down at random, without changing its expectation."""
+    floor = np.floor(x.data)
+    part = x.data - floor
+    if not part.any():
+        return x
+    whole = x.copy()
+    whole.data = (floor + (rng.random(len(part)) < part)).astype(x.dtype)
+    whole.eliminate_zeros()
+    return whole
 
 
 def _some_of_each(codes: np.ndarray, n_batches: int, rng: np.random.Generator) -> np.ndarray:
@@ -287,39 +309,6 @@ def _bootstrap(
         ends.append((_quantile(fitted, levels[0]), _quantile(fitted, levels[1])))
     low, high = np.array(ends).T
     return float(np.quantile(low, 0.025)), float(np.quantile(high, 0.975))
-
-
-def _spread(
-    folds: list[tuple[np.ndarray, sp.csr_matrix]], profile: np.ndarray, rate: float, mixture: np.ndarray
-) -> float:
-    r"""Standard deviation of log rates between cells, by moments of the counts of absent genes.
-
-    A cell with :math:`m` expected counts of the genes that its cluster lacks shows :math:`O` of them, with
-    :math:`\mathrm{Var}(O) = m + c^2 m^2` where :math:`c` is the coefficient of variation of the rates.
-    """
-    absent_value = _PILE_WIDTH * rate >= _GRID
-    squares = excess = error = 0.0
-    for cluster, half in folds:
-        sums = _sums(half, cluster)
-        expected = sums.sum(axis=1, keepdims=True) * profile
-        row, gene = np.nonzero(expected >= _MIN_EXPECTED)
-        posterior = _likelihood(sums[row, gene], expected[row, gene]) * mixture
-        absent = np.zeros(sums.shape, dtype=bool)
-        absent[row, gene] = posterior[:, absent_value].sum(axis=1) > 0.5 * posterior.sum(axis=1)
-        cell = np.repeat(np.arange(half.shape[0]), np.diff(half.indptr))
-        mine = absent[cluster[cell], half.indices]
-        seen = np.bincount(cell[mine], half.data[mine], half.shape[0])
-        mean = np.asarray(half.sum(axis=1, dtype=np.float64)).ravel() * (absent * profile).sum(axis=1)[cluster]
-        scale = np.bincount(cluster, seen, len(sums)) / np.maximum(np.bincount(cluster, mean, len(sums)), 1e-300)
-        mean = mean * scale[cluster]
-        # Doublets and strays show genes of other types: no cell counts for more than five standard deviations.
-        deviation = np.minimum((seen - mean) ** 2, 25 * (mean + 0.25 * mean**2))
-        squares += (mean**2).sum()
-        excess += (deviation - mean).sum()
-        error += (2 * mean**2 + mean).sum()
-    if squares == 0 or np.sqrt(error) / squares > _MAX_CV_ERROR:
-        return float("nan")
-    return float(np.sqrt(np.log1p(max(excess / squares, 0.0))))
 
 
 def _warn(estimate: SoupEstimate) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.errors import InvalidArgumentError
 from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.module import Modality, RegularizedVAE
 from cellstill.vi.moments import inverse_dispersion
 from cellstill.vi.parts import Background, Dispersion
-from cellstill.vi.rates import estimate_rates
+from cellstill.vi.rates import Rate, estimate_rates
 
 BACKGROUND_SHARE = 0.2
 """Share of the mean expression that the background starts with."""
@@ -29,15 +31,18 @@ def start_from_data(
     present: Mapping[str, np.ndarray],
     cells: np.ndarray,
     categories: Mapping[str, Sequence[str]] | None = None,
-    ambient_rate: float | Mapping[str, float] | None = None,
+    ambient_rate: Rate = None,
     seed: int = 0,
+    reference: RegularizedVAE | None = None,
 ) -> None:
     r"""Set library priors, decoder biases and backgrounds.
 
-    With the library sizes that the model starts from, :math:`l_n = s N_n / e^{\overline{\log N}}`, native expression
-    starts at 0.8 and the background of each category at 0.2 of :math:`\sum_n x_{nf} / \sum_n l_n`; a background of the
-    form ``"profile"`` at the share that it has been given, and native expression at the
-    rest; without background native expression starts at all of it. Totals then match, whatever the sensitivity s.
+    With the library sizes that the model starts from, :math:`l_n = s N_n / e^{\overline{\log N}}`, or s for all cells
+    without the residual form, native expression starts at 0.8 and the background of each category at 0.2 of
+    :math:`\sum_n x_{nf} / \sum_n l_n`; a background of the form ``"profile"``, which is a share of the observed totals
+    in either case, at the share that it has been given, and native expression at the rest; without background native
+    expression starts at all of it. Totals then match, those of cells or, without the residual form, their sum, whatever
+    the sensitivity s.
 
     Parameters
     ----------
@@ -57,18 +62,42 @@ def start_from_data(
         Known share of ambient RNA in the counts, of all cells or by category, instead of an estimate.
     seed
         Of the estimate of ambient rates.
+    reference
+        Trained module, whose categories come first and keep their ambient rates.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``ambient_rate`` is not one of the data's categories, or no modality of the data has a rate.
 
     Warns
     -----
     CellstillWarning
         Counts do not identify an ambient rate.
     """
+    profiles = {
+        name: background
+        for name in module.config.modalities
+        if isinstance(background := module.modality(name).background, ProfileBackground)
+    }
+    if ambient_rate is not None and not profiles.keys() & counts.keys():
+        raise InvalidArgumentError(
+            f"ambient_rate={ambient_rate!r} is of no use: none of the modalities {list(counts)} has a background of "
+            "the form 'profile'. Leave it out."
+        )
+    before = (
+        {name: cast(ProfileBackground, reference.modality(name).background) for name in profiles} if reference else {}
+    )
+    for name, profile in profiles.items():
+        profile.occur(
+            {column: codes[column] for column in profile.columns}, before[name].combinations if reference else None
+        )
     for name, matrix in counts.items():
         has = cells if name not in present else cells[present[name][cells]]
         own = {column: values[has] for column, values in codes.items()}
         modality = module.modality(name)
-        if isinstance(modality.background, ProfileBackground):
-            estimate_rates(modality.background, matrix[has], own, categories or {}, ambient_rate, seed)
+        if name in profiles:
+            estimate_rates(profiles[name], matrix[has], own, categories or {}, ambient_rate, seed, before.get(name))
         _start_modality(modality, matrix[has], own, module.config.dispersion_start)
 
 
@@ -86,12 +115,13 @@ def _start_modality(
     variances = np.bincount(group, (log_totals - center - means[group]) ** 2, n_groups) / np.maximum(n, 1)
     # A group of one cell, or of equal totals, has no variance of its own.
     variances = np.where(variances > 1e-3, variances, max(log_totals.var(), 1e-3))
-    size = math.exp(library.log_sensitivity) * totals / math.exp(center)
+    observed = math.exp(library.log_sensitivity) * totals / math.exp(center)
+    size = observed if library.weight is not None else np.full(len(totals), math.exp(library.log_sensitivity))
     background = modality.background
     everywhere = _expression(counts, size, np.zeros(len(totals), dtype=np.int64), 1)[0]
     share = 0.0 if background is None else BACKGROUND_SHARE
     if isinstance(background, ProfileBackground):
-        share = _start_soup(background, counts, size, codes)
+        share = _start_soup(background, counts, observed, codes)
         background.typical.copy_(torch.from_numpy(everywhere))
     native = (1 - share) * everywhere
     with torch.no_grad():
@@ -103,7 +133,8 @@ def _start_modality(
         if isinstance(background, Background):
             _start_background(background, counts, size, codes)
         if biological_fraction is not None and isinstance(modality.dispersion, Dispersion):
-            _start_dispersion(modality.dispersion, counts, size, codes, biological_fraction)
+            # Library sizes come to differ as the totals do: their spread is not the counts' own.
+            _start_dispersion(modality.dispersion, counts, observed, codes, biological_fraction)
 
 
 def _start_background(
@@ -119,14 +150,10 @@ def _start_background(
 def _start_soup(
     background: ProfileBackground, counts: sp.csr_matrix, size: np.ndarray, codes: Mapping[str, np.ndarray]
 ) -> float:
-    """Set the soup of each category to its rate; returns its mean share over cells."""
-    share = 0.0
-    for position, column in enumerate(background.columns or [None]):
-        soup = background.of(position)
-        code = np.zeros(len(size), dtype=np.int64) if column is None else codes[column]
-        soup.start(_expression(counts, size, code, len(soup.rate)))
-        share += float(soup.rate.numpy()[code] @ size / size.sum())
-    return share
+    """Set the soup of each combination of categories to its rate; returns its mean share over cells."""
+    row = background.rows_of_cells(codes, len(size))
+    background.start(_expression(counts, size, row, len(background.rate)))
+    return float(background.rate.numpy()[row] @ size / size.sum())
 
 
 def _start_dispersion(

@@ -62,7 +62,8 @@ def train_module(
     """
     loaders = [cells.loader(train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed)]
     if len(validation):
-        loaders.append(cells.loader(validation, batch_size=_EVALUATION_BATCH))
+        # No minibatch has more cells than there are training cells, which global penalties are divided by.
+        loaders.append(cells.loader(validation, batch_size=min(_EVALUATION_BATCH, len(train))))
     n_values = float(sum(np.prod(matrix.shape, dtype=float) for matrix in cells.counts.values())) * settings.max_epochs
     with compiled(settings.compile, n_values=n_values), seeded(settings.seed, settings.accelerator):
         history = fit(
