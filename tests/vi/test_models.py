@@ -392,7 +392,7 @@ def test_soup_keeps_its_rate_and_composition_beside_feature_scaling():
         unscaled = part.native(block.latent.mean, batch) * size
         np.testing.assert_allclose(native, unscaled * part.scaling_of(batch), rtol=1e-4)
         # What training sees is what getters give.
-        table, group = part.background_table(batch)
+        table, group = part.background_table(batch, part.scaling_table(batch))
         amount = part.log_amount(block.counts["rna"], size.log(), None)
         seen = (table[group] + amount).exp() * size * part.scaling_of(batch)
         np.testing.assert_allclose(seen, soup, rtol=1e-4)

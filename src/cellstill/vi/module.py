@@ -23,6 +23,7 @@ from cellstill.vi.penalties import Relevance, dimensions_present, penalties_of_z
 from cellstill.vi.tables import join
 
 Batch = Mapping[str, torch.Tensor]
+Table = tuple[torch.Tensor | None, torch.Tensor | None]
 
 _PENALISED = 32
 """One cell of so many has its native expression penalised."""
@@ -140,21 +141,21 @@ class Modality(nn.Module):
 
     def background_of(self, batch: Batch, log_amount: torch.Tensor | None) -> torch.Tensor | None:
         """Background of cells, broadcast against ``(n, n_vars)``; ``None`` if there is none."""
-        table, group = self.background_table(batch)
+        table, group = self.background_table(batch, self.scaling_table(batch))
         if table is None:
             return None
         background = _rows(table, group)
         return (background if log_amount is None else background + log_amount).exp()
 
-    def background_table(self, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Log background by group and feature, before feature scaling, and the group of each cell."""
+    def background_table(self, batch: Batch, scaled: Table) -> Table:
+        """Log background by group and feature, before the feature scaling ``scaled``, and the group of each cell."""
         if self.background is None:
             return None, None
         table, group = self.background(batch)
-        if not self.has_profile or self.scaling is None:
+        scaling, own = scaled
+        if not self.has_profile or scaling is None:
             return table, group
         # Soup has the composition that was observed, scaled as it is.
-        scaling, own = self.scaling(batch)
         if own is group or own is None:
             return table - scaling, group
         rows = torch.zeros_like(own) if group is None else group
@@ -163,6 +164,10 @@ class Modality(nn.Module):
     def scaling_of(self, batch: Batch) -> torch.Tensor | None:
         """Feature scaling of cells, as :meth:`background_of`."""
         return None if self.scaling is None else _rows(*self.scaling(batch)).exp()
+
+    def scaling_table(self, batch: Batch) -> Table:
+        """Log feature scaling by group and feature, and the group of each cell."""
+        return (None, None) if self.scaling is None else self.scaling(batch)
 
     def log_likelihood(
         self,
@@ -178,8 +183,8 @@ class Modality(nn.Module):
         """Likelihood of counts, less the penalties that are computed with it."""
         log_amount = self.log_amount(x, log_library, present)
         theta, group = self.dispersion(batch, x.n_rows)
-        background, background_group = self.background_table(batch)
-        scaling, scaling_group = (None, None) if self.scaling is None else self.scaling(batch)
+        scaling, scaling_group = self.scaling_table(batch)
+        background, background_group = self.background_table(batch, (scaling, scaling_group))
         features = self.features(z, batch)
         penalty = None
         if isinstance(self.background, ProfileBackground) and native_sparsity:
@@ -221,8 +226,7 @@ class Modality(nn.Module):
             yield "library_weight", self.library.penalty()
         if self.library.log_scale is not None:
             yield "modality_scaling", self.library.scale_penalty()
-        hidden = (p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name)
-        weights = list(hidden)
+        weights = [p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name]
         if config.decoder_weight_l2:
             # That of the last layer comes with the likelihood.
             squares = [weight.square().sum() for weight in weights]
@@ -251,11 +255,6 @@ class RegularizedVAE(nn.Module):
     ----------
     config
         What it is made of.
-
-    Attributes
-    ----------
-    n_obs
-        Number of training cells; global penalties are divided by it.
     """
 
     def __init__(self, config: VAEConfig) -> None:
