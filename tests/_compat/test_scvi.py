@@ -175,8 +175,9 @@ def test_missing_values_are_refused():
         Model.setup_anndata(data, "tech", "kind")
 
 
-def test_few_cells_of_a_category_need_no_warning():
+def test_few_cells_of_a_category_need_no_warning(recwarn):
     Model.setup_anndata(make(n_obs=4), "tech", "kind")
+    assert not recwarn.list
 
 
 # Several columns, and modalities.

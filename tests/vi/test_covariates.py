@@ -156,7 +156,9 @@ def obs():
 
 
 def test_columns_that_serve_are_accepted(obs):
-    resolve(batch_key="lane", continuous_covariate_keys="mito", library_key="lane", dataset_key="site").check(obs)
+    keys = resolve(batch_key="lane", continuous_covariate_keys="mito", library_key="lane", dataset_key="site")
+    keys.check(obs)
+    assert set(keys.columns) <= set(obs.columns)
 
 
 @pytest.mark.parametrize(

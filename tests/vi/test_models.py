@@ -364,15 +364,16 @@ def test_stratified_split_takes_the_share_of_every_group(stratified):
         assert (model.validation_indices_ < 10).sum() == 2
 
 
-def test_soup_keeps_its_rate_and_composition_beside_feature_scaling():
+@pytest.mark.parametrize("columns", [["lane", "site"], ["lane"], None], ids=["joined", "same_column", "no_column"])
+def test_soup_keeps_its_rate_and_composition_beside_feature_scaling(columns):
     adata = make()
     AmbientRegularizedSCVI.setup_anndata(
         adata,
         batch_key="lane",
         nn_conditioning_covariate_keys=["site"],
-        feature_scaling_covariate_keys=["lane", "site"],
+        feature_scaling_covariate_keys=columns,
     )
-    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+    model = AmbientRegularizedSCVI(adata, **SMALL, use_feature_scaling=True).train(max_epochs=1)
     with torch.no_grad():
         for gamma in model.module.modalities[0].scaling.gamma.tables:
             gamma.normal_()
