@@ -24,7 +24,9 @@ def main(request: dict[str, Any]) -> None:
 
     torch.set_num_threads(request["threads"])
     warnings.simplefilter("ignore")
-    measure = {"cellstill": cellstill, "scvi": scvi, "products": products, "loader": loader}[request["what"]]
+    measure = {"cellstill": cellstill, "scvi": scvi, "products": products, "parts": parts, "loader": loader}[
+        request["what"]
+    ]
     Path(request["out"]).write_text(json.dumps(measure(request) | {"load_average": round(os.getloadavg()[0], 2)}))
 
 
@@ -162,6 +164,61 @@ def products(request: dict[str, Any]) -> dict[str, Any]:
 
     with keeping_freed_memory():
         return {"step_ms": 1e3 * seconds_of(step, max(5, 20_000 // n))}
+
+
+def parts(request: dict[str, Any]) -> dict[str, Any]:
+    """What a step of cellstill cannot do without, each compiled and alone, on real minibatches.
+
+    The products of the layers behind the first, the first layer's and its gradient as sparse rows, the likelihood with
+    its gradients, and the optimiser's pass over the parameters: a step without loader, loop, autograd and all else.
+    """
+    import torch
+    from _engine_model import N_HIDDEN, N_LATENT, VAE
+
+    from cellstill._compat.malloc import keeping_freed_memory
+    from cellstill.data import CountsLoader
+    from cellstill.nn.compiled import compiled
+    from cellstill.nn.output import negative_binomial_output
+    from cellstill.nn.product import sparse_product
+    from cellstill.nn.sparse import CSRRows
+    from cellstill.train.adamw import CompiledAdamW
+
+    counts, n = load(request).X, request["batch_size"]
+    n_vars = counts.shape[1]
+    x = CSRRows.of(next(iter(CountsLoader(counts, batch_size=n, shuffle=True, seed=SEED))), n_vars)
+    log_size = x.library_size().log()
+    module = VAE(n_vars)
+    first, output = module.encoder.hidden[0].weight, module.decoder.output
+    hidden = torch.randn(n, N_HIDDEN, requires_grad=True)
+    outer = torch.randn(n, N_HIDDEN)
+    small = [(N_HIDDEN, 2 * N_LATENT), (N_LATENT, N_HIDDEN)]
+    arrays = [(torch.randn(n, a), torch.randn(b, a), torch.randn(n, b)) for a, b in small]
+
+    def small_products() -> None:
+        for inputs, weight, grads in arrays:
+            torch.mm(inputs, weight.t())
+            torch.mm(grads.t(), inputs)
+            torch.mm(grads, weight)
+
+    def first_layer() -> None:
+        first.grad = None
+        sparse_product(x, first).backward(outer)
+
+    def output_and_likelihood() -> None:
+        negative_binomial_output(hidden, output.weight, output.bias, x, log_size, module.log_theta.detach())
+
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimiser = CompiledAdamW(module.parameters())
+    repeats = max(5, 20_000 // n)
+    with compiled(True), keeping_freed_memory():
+        found = {
+            "optimiser_ms": 1e3 * seconds_of(optimiser.step, repeats),
+            "first_layer_ms": 1e3 * seconds_of(first_layer, repeats),
+            "output_ms": 1e3 * seconds_of(output_and_likelihood, repeats),
+            "small_products_ms": 1e3 * seconds_of(small_products, repeats),
+        }
+    return {"step_ms": sum(found.values()), **found}
 
 
 def loader(request: dict[str, Any]) -> dict[str, Any]:

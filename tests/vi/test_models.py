@@ -141,6 +141,18 @@ def test_decoding_as_a_category_puts_all_cells_in_it(rna):
         rna.get_normalized_expression(transform_batch="z")
 
 
+@pytest.mark.parametrize("named", [7, 0, np.int64(7), ["x", 7], [], {"site": []}], ids=str)
+def test_a_category_to_decode_as_that_is_not_there_is_refused(rna, named):
+    with pytest.raises(InvalidArgumentError, match="transform_batch"):
+        rna.get_normalized_expression(transform_batch=named)
+
+
+@pytest.mark.parametrize("size", [0, -1.0, np.nan, np.inf, None, True, "observed", [1e4]], ids=str)
+def test_a_library_size_that_is_none_is_refused(rna, size):
+    with pytest.raises(InvalidArgumentError, match="library_size="):
+        rna.get_normalized_expression(library_size=size)
+
+
 def test_zarr_holds_the_same(rna, tmp_path):
     stored = rna.get_normalized_expression(out=tmp_path / "e.zarr", batch_size=17)
     np.testing.assert_allclose(stored[:], rna.get_normalized_expression(return_numpy=True), rtol=1e-5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -187,8 +189,7 @@ class Getters(RegularizedModel):
         """
         self._require_trained()
         name = self._modality(modality)
-        if isinstance(library_size, str):
-            check_option("library_size", library_size, ("latent",))
+        _check_library_size(library_size)
         targets = self._targets(transform_batch)
         columns = gene_positions(self._features[name], gene_list, "gene_list")
         names = np.asarray(self._features[name], dtype=object)[columns]
@@ -397,8 +398,23 @@ class Getters(RegularizedModel):
         for column, wanted in target.items():
             check_option("transform_batch", column, columns)
             known = self._categories[column]
-            names = [wanted] if isinstance(wanted, str) else list(wanted)
+            names = (
+                list(wanted) if isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str) else [wanted]
+            )
+            if not names:
+                raise InvalidArgumentError(
+                    f"transform_batch names no category of {column!r}. Name some of {known}, or pass None."
+                )
             for category in names:
                 check_option(f"transform_batch[{column!r}]", str(category), known)
             targets = [{**one, f"code/{column}": known.index(str(category))} for one in targets for category in names]
         return targets
+
+
+def _check_library_size(library_size: Any) -> None:
+    if isinstance(library_size, str):
+        check_option("library_size", library_size, ("latent",))
+    elif isinstance(library_size, bool) or not isinstance(library_size, Real) or not 0 < float(library_size) < math.inf:
+        raise InvalidArgumentError(
+            f"library_size={library_size!r} has to be a finite number above 0, or 'latent' for each cell's own."
+        )
