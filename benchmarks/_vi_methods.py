@@ -117,7 +117,6 @@ def joint(
     train: Mapping[str, Any],
     predicted: str | None = None,
     missing: str | None = None,
-    total: float = 1.0,
     **init: Any,
 ) -> Finish:
     """RegularizedMultimodalVI: latents; with ``predicted``, that modality of the cells that ``missing`` marks."""
@@ -133,7 +132,7 @@ def joint(
             arrays["predicted"] = model.get_normalized_expression(
                 indices=mdata.obs[missing].to_numpy(dtype=bool),
                 modality=predicted,
-                library_size=total,
+                library_size="latent",
                 include_background=model.module.modality(predicted).background is not None,
                 return_numpy=True,
             )

@@ -416,8 +416,7 @@ def proteins(options: Options) -> Section | None:
         true = mdata["prot"].X[held_out].toarray()
         mdata["prot"].X = sp.csr_matrix(sp.diags_array((~held_out).astype(np.float32)) @ mdata["prot"].X)
         mdata.write(path)
-        total = float(np.median(np.asarray(mdata["prot"].X[~held_out].sum(axis=1))))
-        ours = {"modalities": ("rna", "prot"), "predicted": "prot", "missing": missing, "total": total}
+        ours = {"modalities": ("rna", "prot"), "predicted": "prot", "missing": missing}
         for method in (
             Method("cellstill", "joint", {**ours, "train": options.train}),
             Method("TOTALVI", "totalvi", {"missing": missing, **options.train}),

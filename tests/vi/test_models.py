@@ -412,7 +412,7 @@ def test_soup_keeps_its_rate_and_composition_beside_feature_scaling(columns):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_cells_that_lack_a_modality_have_the_library_size_of_the_prior(residual):
+def test_cells_that_lack_a_modality_have_a_library_size_like_that_of_the_others(residual):
     mdata = make_mudata()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -422,8 +422,7 @@ def test_cells_that_lack_a_modality_have_the_library_size_of_the_prior(residual)
     cells = model._cells()
     lacks = ~cells.present["gex"]
     size = model.get_latent_library_size(modality="gex")[:, 0]
-    np.testing.assert_allclose(size[lacks], size[lacks][0], rtol=1e-6)
-    assert 0.5 < size[lacks][0] / np.median(size[~lacks]) < 2
+    assert 0.5 < np.median(size[lacks]) / np.median(size[~lacks]) < 2
     fraction = model.get_ambient_fraction(modality="gex").to_numpy()
     np.testing.assert_array_equal(np.isnan(fraction), lacks)
     predicted = model.get_normalized_expression(

@@ -42,10 +42,14 @@ def small(n_vars, **settings):
     return ModalityConfig(**{"n_vars": n_vars, "n_hidden": 12, "n_latent": 4, "background": "free", **settings})
 
 
-def build(config, counts, codes=None, present=None, seed=0, ambient_rate=None):
+def build(config, counts, codes=None, present=None, seed=0, ambient_rate=None, at_start=False):
+    """Build a module; but for ``at_start``, z depends on the cell, as after training."""
     torch.manual_seed(seed)
     module = RegularizedVAE(config)
     start_from_data(module, counts, codes or {}, present or {}, np.arange(N), ambient_rate=ambient_rate)
+    if not at_start:
+        for encoder in module.encoders:
+            encoder.output.reset_parameters()
     return module
 
 
@@ -78,7 +82,8 @@ def test_predicted_totals_match_observed_totals_at_the_start(sensitivity, backgr
         ambient=("lane",),
         library="lane",
     )
-    module = build(config, counts, codes, ambient_rate=0.15 if background == "profile" else None).eval()
+    rate = 0.15 if background == "profile" else None
+    module = build(config, counts, codes, ambient_rate=rate, at_start=True).eval()
     predicted, size = predicted_totals(module, counts["rna"], codes)
     observed = np.asarray(counts["rna"].sum(axis=1)).ravel()
     np.testing.assert_allclose(predicted, observed, rtol=0.05)
@@ -100,7 +105,7 @@ def test_predicted_counts_match_in_sum_where_totals_do_not_enter_library_sizes(s
         residual_library=False,
     )
     rate = 0.15 if background == "profile" else None
-    module = build(config, {"rna": counts}, codes, ambient_rate=rate).eval()
+    module = build(config, {"rna": counts}, codes, ambient_rate=rate, at_start=True).eval()
     predicted, size = predicted_totals(module, counts, codes)
     assert predicted.sum() == pytest.approx(counts.sum(), rel=0.05)
     np.testing.assert_allclose(size, sensitivity, rtol=1e-5)
@@ -179,6 +184,21 @@ def test_all_decoders_see_the_whole_latent(latent_mode):
     for name in counts:
         grad = torch.autograd.grad(module.modality(name).native(z, batch).sum(), z)[0]
         assert (grad.abs().sum(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("latent_mode", ["concatenation", "single_encoder"])
+def test_latent_starts_at_its_prior_and_every_dimension_can_leave_it(latent_mode):
+    counts = {"atac": counts_of(30, 1), "rna": counts_of(20)}
+    config = VAEConfig(modalities={"atac": small(30), "rna": small(20)}, latent_mode=latent_mode)
+    module = build(config, counts, at_start=True)
+    batch = batch_of(counts)
+    latent = module.encode(module.rows(batch), batch)
+    assert not latent.mean.any()
+    assert (latent.variance == 1).all()
+    assert not latent.kl.any()
+    module.loss(batch, n_obs=N).total.backward()
+    for encoder in module.encoders:
+        assert (encoder.output.weight.grad.abs().sum(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("latent_mode", ["concatenation", "weighted_mean"])

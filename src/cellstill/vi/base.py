@@ -23,6 +23,7 @@ from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.config import ModalityConfig, VAEConfig, whole_number
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.expected import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
@@ -261,6 +262,8 @@ class RegularizedModel(MinifiableModel):
         )
         with holding(self.module, self._known_rows):
             self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
+        if len(self.modality_names) > 1 and self._known_rows is None:
+            fit_expected_libraries(self.module, cells[parts[0]])
         self.train_indices_, self.validation_indices_, self.test_indices_ = parts
         self.is_trained_ = True
         return self

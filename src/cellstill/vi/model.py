@@ -44,7 +44,7 @@ class AmbientRegularizedSCVI(Analysis):
         Width and number of the hidden layers of encoder and decoder. Larger networks resolve more cell types, and take
         longer.
     n_latent
-        Dimensions of z. Those that are not needed stay at the prior.
+        Dimensions of z. They start at the prior, and those that are not needed stay there.
     dropout_rate
         Probability of dropping an input of a hidden layer. Larger regularises more.
     background

@@ -16,6 +16,7 @@ from cellstill.nn.sparse import CSRRows
 from cellstill.train.plans import Loss
 from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.expected import ExpectedLibrary, Told
 from cellstill.vi.library import Library, LibraryPosterior
 from cellstill.vi.networks import GaussianEncoder, Trunk
 from cellstill.vi.parts import Background, Dispersion, FeatureScaling, NoOverdispersion
@@ -275,9 +276,14 @@ class RegularizedVAE(nn.Module):
                 widths=[first.n_hidden] * first.n_layers,
                 dropout=config.dropout,
             )
-            self.encoders.append(GaussianEncoder(trunk, first.n_hidden, first.n_latent))
+            # z starts at its prior: of many dimensions only those leave it that the data ask for.
+            self.encoders.append(GaussianEncoder(trunk, first.n_hidden, first.n_latent, start_variance=1.0))
         self.mixing = nn.Parameter(torch.zeros(len(names))) if config.latent_mode == "weighted_mean" else None
         self.relevance = None if config.ard is None else Relevance(config.n_latent, config.ard)
+        n_vars = {name: one.n_vars for name, one in config.modalities.items()}
+        self.expected = nn.ModuleList(
+            [ExpectedLibrary({other: n for other, n in n_vars.items() if other != name}) for name in names]
+        )
 
     @property
     def global_parameters(self) -> frozenset[str]:
@@ -346,17 +352,28 @@ class RegularizedVAE(nn.Module):
         return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
-        """Posterior of the log library size of a modality, as :meth:`encode`; the prior where a cell lacks it."""
-        found = self.modality(name).library(x, total_counts(x), batch.get("continuous"), batch)
-        present = batch.get(f"{name}/present")
-        if present is not None:
-            has = present[:, None] > 0
-            found = found._replace(
-                mean=torch.where(has, found.mean, found.prior_mean),
-                variance=torch.where(has, found.variance, found.prior_variance),
-            )
-        stored = batch.get(f"{name}/library")
-        return found if stored is None else found._replace(mean=stored[:, :1], variance=stored[:, 1:])
+        """Posterior of the log library size of a modality, as :meth:`encode`; expected where a cell lacks it."""
+        stored, has = batch.get(f"{name}/library"), batch.get(f"{name}/present")
+        found = self._library(name, x, batch)
+        if stored is not None:
+            return found._replace(mean=stored[:, :1], variance=stored[:, 1:])
+        return found if has is None else self.expected_library(name)(found, self.told(name, batch), has)
+
+    def expected_library(self, name: str) -> ExpectedLibrary:
+        """Library size of a modality in cells that lack it."""
+        return cast(ExpectedLibrary, self.expected[list(self.config.modalities).index(name)])
+
+    def told(self, name: str, batch: Batch) -> dict[str, Told]:
+        """What the modalities other than ``name`` tell of its library size."""
+        told = {}
+        for other, x in self.rows(batch).items():
+            if other != name:
+                totals = total_counts(x)
+                has = batch.get(f"{other}/present", torch.ones_like(totals))
+                told[other] = Told(
+                    self._encoder_input(other, x), totals.log() - self.modality(other).library.center, has
+                )
+        return told
 
     def background_of(self, name: str, x: CSRRows, batch: Batch, log_library: torch.Tensor) -> torch.Tensor | None:
         """Background of cells per unit of library size, as :meth:`Modality.background_of`."""
@@ -400,7 +417,7 @@ class RegularizedVAE(nn.Module):
             terms[term] = penalty.detach().sum()
         for name, x in rows.items():
             modality, present = self.modality(name), batch.get(f"{name}/present")
-            library = self.library(name, x, batch)
+            library = self._library(name, x, batch)
             kl = normal_kl(*library)
             kl = kl if present is None else kl * present
             log_library = library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
@@ -432,6 +449,9 @@ class RegularizedVAE(nn.Module):
             objective = objective + penalty / n_obs
             terms["ard"] = penalty.detach() * (n / n_obs)
         return Loss(objective, per_cell, n, terms)
+
+    def _library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
+        return self.modality(name).library(x, total_counts(x), batch.get("continuous"), batch)
 
     def _encoder_input(self, name: str, x: CSRRows) -> CSRRows:
         if self.config.encoder_input == "log1p":

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cellstill._compat.scvi import register
 from cellstill.data.annotations import complete_obs
 from cellstill.errors import InvalidArgumentError, check_key
@@ -35,7 +37,8 @@ class RegularizedMultimodalVI(Analysis):
     with the expected background s, as there.
 
     Cells may lack modalities: they add nothing to the terms of those, and the part of z that belongs to them is the
-    prior.
+    prior. Their library sizes of those are what the counts that they have let expect
+    (:class:`~cellstill.vi.expected.ExpectedLibrary`).
 
     Parameters
     ----------
@@ -44,6 +47,10 @@ class RegularizedMultimodalVI(Analysis):
     n_hidden, n_layers, n_latent
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`; a number, or a dictionary by modality, as are ``background``,
         ``use_feature_scaling``, ``likelihood`` and ``sensitivity``.
+    sensitivity
+        Scale of library sizes; expression is scaled by its inverse. ``None`` is 1, and for protein the largest mean
+        count of a feature, if that is above 1: native expression is then at most about 1, where it learns to change by
+        factors. With 1 where counts are in the hundreds, decoders are too slow to tell cells apart.
     background, use_feature_scaling
         ``None`` follows the modality's role: a ``"profile"`` background for RNA, a ``"free"`` one for protein, feature
         scaling for ATAC. ``False`` leaves either out.
@@ -86,7 +93,7 @@ class RegularizedMultimodalVI(Analysis):
         likelihood: str | Mapping[str, str] = "negative_binomial",
         latent_mode: LatentMode = "concatenation",
         encoder_input: Literal["normalized", "log1p"] = "normalized",
-        sensitivity: float | Mapping[str, float] = 1.0,
+        sensitivity: float | Mapping[str, float | None] | None = None,
         library_n_hidden: int = 16,
         library_variance_weight: float = 0.5,
         residual_library: bool = True,
@@ -123,6 +130,8 @@ class RegularizedMultimodalVI(Analysis):
             usual = ROLES[roles[name]]
             own_background = usual.background if backgrounds[name] is None else backgrounds[name]
             own_scaling = usual.feature_scaling if scalings[name] is None else scalings[name]
+            if settings["sensitivity"][name] is None:
+                settings["sensitivity"][name] = _largest_mean(cells, name) if usual.at_most_one else 1.0
             modalities[name] = ModalityConfig(
                 n_vars=len(self._features[name]),
                 background=None if own_background is False else own_background,
@@ -301,6 +310,13 @@ class RegularizedMultimodalVI(Analysis):
             There is no such device.
         """
         return cls._load(dir_path, mdata, accelerator, device)
+
+
+def _largest_mean(cells: Cells | None, name: str) -> float:
+    """Largest mean count of a feature over the cells that have the modality, at least 1."""
+    assert cells is not None
+    sums = np.asarray(cells.counts[name].sum(axis=0, dtype=np.float64))
+    return max(1.0, float(sums.max()) / max(1, int(cells.present[name].sum())))
 
 
 def _each(argument: str, value: Any, names: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -107,6 +108,8 @@ def _through_norm(norm: nn.Module, features: torch.Tensor, jacobian: torch.Tenso
 class GaussianEncoder(nn.Module):
     """Mean and variance of independent Normal distributions, by a linear layer on a :class:`Trunk`.
 
+    They start at mean 0 and one variance, whatever the input, so that each moves only as far as the data ask for.
+
     Parameters
     ----------
     trunk
@@ -114,20 +117,19 @@ class GaussianEncoder(nn.Module):
     n_hidden, n_out
         Width of the last hidden layer, and number of distributions.
     start_variance
-        Start at mean 0 and this variance, whatever the input; ``None`` starts at random weights.
+        The variance where they start.
     """
 
     _LARGEST = 20.0
 
-    def __init__(self, trunk: Trunk, n_hidden: int, n_out: int, *, start_variance: float | None = None) -> None:
+    def __init__(self, trunk: Trunk, n_hidden: int, n_out: int, *, start_variance: float) -> None:
         super().__init__()
         self.trunk = trunk
         self.output = nn.Linear(n_hidden, 2 * n_out)
-        if start_variance is not None:
-            nn.init.zeros_(self.output.weight)
-            with torch.no_grad():
-                self.output.bias[:n_out] = 0.0
-                self.output.bias[n_out:] = torch.tensor(start_variance).log()
+        nn.init.zeros_(self.output.weight)
+        with torch.no_grad():
+            self.output.bias[:n_out] = 0.0
+            self.output.bias[n_out:] = math.log(start_variance)
 
     def forward(
         self, rows: Sequence[CSRRows], dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]

@@ -14,10 +14,19 @@ Role = Literal["rna", "atac", "protein"]
 
 @dataclass(frozen=True)
 class RoleDefaults:
-    """Parts of the model that a role has by default."""
+    """Parts of the model that a role has by default.
+
+    Attributes
+    ----------
+    background, feature_scaling
+        See :class:`~cellstill.vi.config.ModalityConfig`.
+    at_most_one
+        Library sizes are on the scale on which the largest mean expression of a feature is 1.
+    """
 
     background: Background | None
     feature_scaling: bool
+    at_most_one: bool = False
 
 
 ROLES: dict[str, RoleDefaults] = {
@@ -26,7 +35,9 @@ ROLES: dict[str, RoleDefaults] = {
     # Peaks differ by GC content, mappability and calling.
     "atac": RoleDefaults(background=None, feature_scaling=True),
     # Antibodies bind without their target, and few kinds are counted: no rate can be told from those that lack one.
-    "protein": RoleDefaults(background="free", feature_scaling=False),
+    # Some have hundreds of counts in a cell: softplus would have to change by hundreds, where it is a line; below 1 it
+    # is about exponential, and expression learns to change by factors.
+    "protein": RoleDefaults(background="free", feature_scaling=False, at_most_one=True),
 }
 
 _NAMES: dict[str, tuple[str, ...]] = {
