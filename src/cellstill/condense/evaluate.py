@@ -1,0 +1,229 @@
+"""Train classifiers on what methods leave of the training cells, and score them on the test cells."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from cellstill.condense.baselines import BASELINES
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.evaluated import Condensed, Evaluation, FullData
+from cellstill.condense.evaluators import Evaluator, get_evaluators
+from cellstill.condense.problem import CondensationProblem, Task
+from cellstill.errors import InvalidArgumentError, check_option
+
+_log = logging.getLogger("cellstill")
+
+Method = Callable[[CondensationProblem, int, int], LabelledCells]
+"""From problem, samples per class and seed to synthetic cells: those the problem's ``budget`` allows, or fewer."""
+
+
+def evaluate(
+    problem: CondensationProblem,
+    methods: Iterable[str] | Mapping[str, Method | str],
+    *,
+    samples_per_class: Sequence[int] = (1, 10, 50),
+    seeds: Sequence[int] = (0, 1, 2),
+    evaluators: Iterable[str] | None = None,
+    trained_with: Mapping[str, Collection[str]] | None = None,
+    full: FullData | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Score methods of condensation by what classifiers learn from their cells.
+
+    Each method condenses the training cells with each budget and seed; each evaluator is trained on the result, once
+    for each task of the problem, and predicts the test cells. The same evaluators trained on all training cells, once
+    for each seed, are what retention refers to.
+
+    Parameters
+    ----------
+    problem
+        Cells, labels and their split.
+    methods
+        Names in :data:`~cellstill.condense.baselines.BASELINES`, or functions (or such names) by the name they get in
+        the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it.
+    samples_per_class
+        Budgets; a class with fewer training cells is kept whole, and the compression is reported.
+    seeds
+        Of the methods and of the evaluators. Three tell a large difference, five or more a small one.
+    evaluators
+        Names in :data:`~cellstill.condense.evaluators.EVALUATORS`; all six by default.
+    trained_with
+        Evaluators whose architecture a method trained with, by the method's name, for the cross-architecture gap. Those
+        of the baselines are known.
+    full
+        Predictions after training on all cells, from an earlier evaluation of the same problem (``Evaluation.full``);
+        what is missing in it is computed.
+    progress
+        Show a progress bar, if stderr is a terminal.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An unknown method or evaluator, a task of one category, ``full`` of another problem, or a method that returns
+        other genes, unknown classes, no cells, or more cells than its budget.
+    OptionalDependencyError
+        A baseline needs a package that is not installed.
+    """
+    _check_tasks(problem)
+    named = _methods(methods)
+    judges = get_evaluators(evaluators)
+    budgets, repeats = _distinct("samples_per_class", samples_per_class), _distinct("seeds", seeds)
+    known = {name: BASELINES[name].trained_with for name in named if name in BASELINES}
+    gaps = {name: tuple(names) for name, names in {**known, **(trained_with or {})}.items() if name in named}
+    for names in gaps.values():
+        get_evaluators(names or None)
+    for size in budgets:
+        problem.budget(size)
+    n_steps = len(judges) * len(repeats) * (1 + len(named) * len(budgets))
+    with _bar(progress, n_steps) as advance:
+        full = train_full(problem, judges, repeats, full, advance)
+        condensed: list[Condensed] = []
+        for name, method in named.items():
+            for size in budgets:
+                for seed in repeats:
+                    advance(f"{name}, {size} per class", 0)
+                    condensed.append(_condense(problem, name, method, size, seed, judges, advance))
+    return Evaluation(problem, tuple(condensed), full, tuple(judge.name for judge in judges), gaps)
+
+
+def train_full(
+    problem: CondensationProblem,
+    evaluators: Sequence[Evaluator],
+    seeds: Sequence[int],
+    known: FullData | None = None,
+    advance: Callable[[str, int], None] = lambda label, n: None,
+) -> FullData:
+    """Predictions of the test cells by evaluators trained on all training cells; ``known`` ones are taken over."""
+    if known is not None and not known.belongs_to(problem):
+        raise InvalidArgumentError("full holds predictions of another problem: its cells, labels or split differ.")
+    predictions = {} if known is None else dict(known.predictions)
+    for seed in seeds:
+        for evaluator in evaluators:
+            advance(f"all cells, {evaluator.name}", 0)
+            for task in problem.tasks:
+                key = (evaluator.name, seed, task.key)
+                if key not in predictions:
+                    predictions[key] = predict_test(problem, problem.train, task, evaluator, seed)
+            advance(f"all cells, {evaluator.name}", 1)
+    return FullData(problem, predictions)
+
+
+def predict_test(
+    problem: CondensationProblem, cells: LabelledCells, task: Task, evaluator: Evaluator, seed: int
+) -> np.ndarray:
+    """Codes that an evaluator trained on ``cells`` gives to the test cells in a task, int64, shape ``(n_test,)``."""
+    own = LabelledCells(cells.counts, task.of_class[cells.codes])
+    return evaluator.fit(own, len(task.names), seed).predict(problem.test.expression())
+
+
+def _condense(
+    problem: CondensationProblem,
+    name: str,
+    method: Method,
+    samples_per_class: int,
+    seed: int,
+    evaluators: Sequence[Evaluator],
+    advance: Callable[[str, int], None],
+) -> Condensed:
+    with _memory() as memory:
+        start = time.perf_counter()
+        cells = method(problem, samples_per_class, seed)
+        seconds = time.perf_counter() - start
+    _check(problem, name, cells, samples_per_class)
+    predictions = {}
+    for evaluator in evaluators:
+        for task in problem.tasks:
+            predictions[evaluator.name, task.key] = predict_test(problem, cells, task, evaluator, seed)
+        advance(f"{name}, {samples_per_class} per class", 1)
+    counts = cells.counts
+    size = counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
+    _log.info("%s, %d per class, seed %d: %d cells in %.1f s.", name, samples_per_class, seed, len(cells), seconds)
+    return Condensed(name, samples_per_class, seed, len(cells), seconds, memory["added_mb"], size, predictions)
+
+
+def _check(problem: CondensationProblem, name: str, cells: LabelledCells, samples_per_class: int) -> None:
+    allowed = int(problem.budget(samples_per_class).sum())
+    if cells.n_vars != problem.train.n_vars:
+        raise InvalidArgumentError(f"{name!r} returned {cells.n_vars} genes; the problem has {problem.train.n_vars}.")
+    if not 0 < len(cells) <= allowed:
+        raise InvalidArgumentError(
+            f"{name!r} returned {len(cells)} cells; samples_per_class={samples_per_class} allows 1 to {allowed}."
+        )
+    if cells.codes.min() < 0 or cells.codes.max() >= problem.n_classes:
+        raise InvalidArgumentError(f"{name!r} returned classes outside 0 .. {problem.n_classes - 1}.")
+
+
+def _methods(methods: Iterable[str] | Mapping[str, Method | str]) -> dict[str, Method]:
+    if isinstance(methods, str):
+        methods = [methods]
+    given = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    if not given:
+        raise InvalidArgumentError(
+            f"methods is empty. Name some of: {', '.join(BASELINES)}; or give functions by name."
+        )
+    found: dict[str, Method] = {}
+    for name, method in given.items():
+        if isinstance(method, str):
+            check_option("methods", method, BASELINES)
+            method = BASELINES[method].condense
+        found[name] = method
+    return found
+
+
+def _distinct(argument: str, values: Sequence[int]) -> list[int]:
+    if not len(values) or len(set(values)) < len(values):
+        raise InvalidArgumentError(f"{argument}={list(values)} has to hold at least one number, each once.")
+    return [int(value) for value in values]
+
+
+def _check_tasks(problem: CondensationProblem) -> None:
+    for task in problem.tasks:
+        if len(task.names) < 2:
+            raise InvalidArgumentError(
+                f"labels_key={task.key!r} has one category, {task.names[0]!r}: nothing can be told apart. Leave it out."
+            )
+
+
+@contextmanager
+def _memory(every: float = 0.02) -> Iterator[dict[str, float]]:
+    """Note how far the memory of the process rises inside the block, in MB, looked at every so many seconds."""
+    import psutil
+
+    process, done, found = psutil.Process(), threading.Event(), {"added_mb": 0.0}
+    start = process.memory_info().rss
+
+    def look() -> None:
+        found["added_mb"] = max(found["added_mb"], (process.memory_info().rss - start) / 2**20)
+
+    def watch() -> None:
+        while not done.wait(every):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
+@contextmanager
+def _bar(progress: bool, n_steps: int) -> Iterator[Callable[[str, int], None]]:
+    if not progress or not sys.stderr.isatty():
+        yield lambda label, n: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=n_steps)
+        yield lambda label, n: bar.update(task, description=label, advance=n)

@@ -1,0 +1,205 @@
+"""What is to be condensed: cells, their labels, and which of them train, choose and judge."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.genes import variable_genes
+from cellstill.condense.splits import split_classes
+from cellstill.data.annotations import category_names
+from cellstill.data.counts import as_csr, check_counts, get_layer
+from cellstill.data.covariates import obs_column
+from cellstill.data.genes import check_unique_genes
+from cellstill.errors import CellstillWarning, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_log = logging.getLogger("cellstill")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One label of the cells.
+
+    Attributes
+    ----------
+    key
+        Column of ``obs``.
+    names
+        Its categories, in the order of their codes.
+    of_class
+        Category of each class, int64, shape ``(n_classes,)``.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    of_class: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class CondensationProblem:
+    """Labelled cells, split once and for all.
+
+    Attributes
+    ----------
+    train, validation, test
+        Everything is fitted on the first, chosen on the second, and scored once on the third.
+    classes
+        Names of the classes, in the order of their codes. With several label columns, the combinations that occur.
+    tasks
+        One for each label column.
+    genes
+        Names of the genes used, shape ``(n_vars,)``.
+    rows
+        Positions in the AnnData of the cells of ``"train"``, ``"validation"`` and ``"test"``.
+    donors
+        Donor of each training cell, if there are donors.
+    """
+
+    train: LabelledCells
+    validation: LabelledCells
+    test: LabelledCells
+    classes: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    genes: np.ndarray
+    rows: dict[str, np.ndarray]
+    donors: np.ndarray | None = None
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        labels_key: str | Sequence[str],
+        *,
+        layer: str | None = None,
+        donor_key: str | None = None,
+        n_top_genes: int | None = 2000,
+        train_size: float = 0.7,
+        validation_size: float = 0.1,
+        seed: int = 0,
+    ) -> CondensationProblem:
+        """Read cells and labels, and split them.
+
+        Parameters
+        ----------
+        adata
+            Counts and labels.
+        labels_key
+            Column of ``adata.obs`` with the labels, or several: a class is then a combination of their categories, and
+            a synthetic cell has all labels.
+        layer
+            Layer of counts; ``None`` takes ``X``.
+        donor_key
+            Column with donors or other units: each is on one side of the split only, so that scores tell of new donors.
+        n_top_genes
+            Most variable genes kept, chosen on the training cells. More tell more and take longer. ``None`` keeps all.
+        train_size, validation_size
+            Shares of the cells, within each class (of donors, with ``donor_key``); the rest are test cells, if any.
+        seed
+            Of the split.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Missing labels, fewer than two classes, or too few donors to split.
+        InvalidCountsError
+            The layer holds no counts.
+        """
+        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_unique_genes(adata.var_names)
+        codes, classes, tasks = read_labels(adata, keys)
+        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        check_counts(adata, layer)
+        parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
+        _warn_about_small_classes(codes, classes, parts)
+        counts = as_csr(get_layer(adata, layer)).astype(np.float32)
+        genes = variable_genes(counts[parts["train"]], n_top_genes)
+        counts = counts[:, genes]
+        cells = {name: LabelledCells(counts[rows], codes[rows]) for name, rows in parts.items()}
+        _log.info(
+            "%s: %d classes, %s cells of training, validation and test, %d genes.",
+            ", ".join(keys),
+            len(classes),
+            " / ".join(f"{len(rows):,}" for rows in parts.values()),
+            len(genes),
+        )
+        return cls(
+            **cells,
+            classes=classes,
+            tasks=tasks,
+            genes=adata.var_names.to_numpy().astype(str)[genes],
+            rows=parts,
+            donors=None if donors is None else donors[parts["train"]],
+        )
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def budget(self, samples_per_class: int) -> np.ndarray:
+        """Number of synthetic cells of each class, int64: as many as asked for, but no more than real ones.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Fewer than 1.
+        """
+        if isinstance(samples_per_class, bool) or int(samples_per_class) != samples_per_class or samples_per_class < 1:
+            raise InvalidArgumentError(f"samples_per_class={samples_per_class!r} has to be a whole number, at least 1.")
+        return np.minimum(int(samples_per_class), np.bincount(self.train.codes, minlength=self.n_classes))
+
+
+def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], tuple[Task, ...]]:
+    """Codes of the classes, their names, and the tasks that they serve; see :class:`CondensationProblem`."""
+    if not keys or len(set(keys)) < len(keys):
+        raise InvalidArgumentError(f"labels_key={list(keys)} has to name one column of adata.obs or several different.")
+    columns = [obs_column(adata.obs, key, "labels_key") for key in keys]
+    names = [category_names(column) for column in columns]
+    coded = np.stack(
+        [
+            pd.Index(known).get_indexer(pd.Index(column.astype(str)))
+            for known, column in zip(names, columns, strict=True)
+        ],
+        axis=1,
+    )
+    combinations, codes = np.unique(coded, axis=0, return_inverse=True)
+    if len(combinations) < 2:
+        raise InvalidArgumentError(
+            f"labels_key={keys[0]!r}: all cells are labelled {names[0][0]!r}, so there is nothing to tell apart. Name "
+            "a column with at least two categories."
+        )
+    classes = tuple(" | ".join(known[code] for known, code in zip(names, row, strict=True)) for row in combinations)
+    tasks = tuple(
+        Task(key, known, combinations[:, k].astype(np.int64))
+        for k, (key, known) in enumerate(zip(keys, names, strict=True))
+    )
+    return codes.ravel().astype(np.int64), classes, tasks
+
+
+def _warn_about_small_classes(codes: np.ndarray, classes: Sequence[str], parts: dict[str, np.ndarray]) -> None:
+    absent = {
+        name: [classes[code] for code in range(len(classes)) if not (codes[rows] == code).any()]
+        for name, rows in parts.items()
+    }
+    if absent["train"]:
+        raise InvalidArgumentError(
+            f"No training cell is left of the classes {absent['train']}: all their cells belong to donors of the other "
+            "parts. Remove these classes, or split without donor_key."
+        )
+    if len(parts["test"]) and absent["test"]:
+        warnings.warn(
+            f"No test cell is left of the classes {absent['test']}, which have too few cells or donors: scores do not "
+            "tell of them.",
+            CellstillWarning,
+            stacklevel=3,
+        )

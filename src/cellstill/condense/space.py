@@ -1,0 +1,137 @@
+"""A trained latent space and generator: all that a condensation keeps frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.diffusion import fit_generator
+from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator
+from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
+from cellstill.condense.problem import CondensationProblem
+from cellstill.train.progress import OnEpoch
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """What maps codes to cells.
+
+    Attributes
+    ----------
+    autoencoder
+        Latent space and decoders.
+    generator
+        One-step generator.
+    teacher
+        The multi-step diffusion model it was tuned from.
+    log_library
+        Mean and standard deviation of the log library size of each class, shape ``(n_classes, 2)``.
+    history
+        Losses of ``"latent"``, ``"diffusion"`` and ``"tuning"``.
+    """
+
+    autoencoder: Autoencoder
+    generator: OneStepGenerator
+    teacher: Denoiser
+    log_library: np.ndarray
+    history: dict[str, pd.DataFrame]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.autoencoder.center.device
+
+    def decode(self, codes: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return z and expected log expression of codes; differentiable in them."""
+        z = self.generator(codes, label)
+        return z, self.autoencoder.expect(z)
+
+    @torch.inference_mode()
+    def parts(self, z: torch.Tensor) -> dict[str, np.ndarray]:
+        """What :func:`~cellstill.condense.counts.render` needs at z: expected log expression, rates, inverse dispersions."""
+        module = self.autoencoder
+        found = {"expected": module.expect(z), "rates": module.decode(z), "theta": module.log_theta.exp()}
+        return {name: part.cpu().numpy() for name, part in found.items()}
+
+    def library(self, codes: np.ndarray, seed: int | None = None) -> np.ndarray:
+        """Library sizes of cells of some classes: their geometric mean, or draws around it with ``seed``."""
+        mean, sd = self.log_library[codes].T
+        noise = np.zeros(len(codes)) if seed is None else np.random.default_rng(seed).standard_normal(len(codes))
+        return np.exp(mean + sd * noise)
+
+    def encode(self, cells: LabelledCells) -> torch.Tensor:
+        """Standardised z of cells, on the device of the networks."""
+        return encode(self.autoencoder, cells.counts).to(self.device)
+
+
+def fit_space(
+    problem: CondensationProblem,
+    latent: LatentConfig | None = None,
+    generator: GeneratorConfig | None = None,
+    *,
+    told: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    progress: bool | OnEpoch = False,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Space:
+    """Train latent space and generator on the training cells of a problem.
+
+    Parameters
+    ----------
+    problem
+        Cells.
+    latent, generator
+        Settings; ``None`` takes the defaults.
+    told
+        Embeddings that teach, of the cells of ``"train"`` and ``"validation"``.
+    seed, accelerator, progress
+        As in :func:`cellstill.train.fit.fit`.
+    checkpoint, resume
+        Folder for the state of the three trainings, written after each epoch, and whether to go on from it.
+    """
+    phases = ("latent", "diffusion", "tuning")
+    saved: dict[str, dict[str, Any]] = {phase: {} for phase in phases}
+    if checkpoint is not None:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        saved = {phase: {"checkpoint": checkpoint / f"{phase}.ckpt", "resume": resume} for phase in phases}
+    how: dict[str, Any] = {"seed": seed, "accelerator": accelerator, "progress": progress}
+    autoencoder, losses = fit_autoencoder(
+        problem.train,
+        problem.validation,
+        problem.n_classes,
+        latent or LatentConfig(),
+        told=told,
+        **how,
+        **saved["latent"],
+    )
+    autoencoder.requires_grad_(False)
+    checkpoints = (saved["diffusion"], saved["tuning"])
+    one_step, teacher, histories = fit_generator(
+        autoencoder, problem.train, generator or GeneratorConfig(), **how, checkpoints=checkpoints
+    )
+    return Space(
+        autoencoder,
+        one_step,
+        teacher.requires_grad_(False),
+        log_library(problem.train, problem.n_classes),
+        {"latent": losses, **histories},
+    )
+
+
+def log_library(cells: LabelledCells, n_classes: int) -> np.ndarray:
+    """Mean and standard deviation of the log library size of each class, shape ``(n_classes, 2)``."""
+    total = np.log(np.maximum(np.asarray(cells.counts.sum(axis=1)).ravel(), 1))
+    found = np.zeros((n_classes, 2))
+    for code in range(n_classes):
+        own = total[cells.of_class(code)]
+        found[code] = (own.mean(), own.std()) if len(own) else (total.mean(), total.std())
+    return found

@@ -1,0 +1,65 @@
+"""The protocol of encoders that were trained elsewhere, and the one way to call anything that embeds cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import scipy.sparse as sp
+
+from cellstill.errors import InvalidArgumentError, check_key
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@runtime_checkable
+class FoundationEncoder(Protocol):
+    """Anything that embeds cells: a model of ours, one of scvi-tools, or an adapter of a published checkpoint."""
+
+    def get_latent_representation(self, adata: AnnData) -> np.ndarray:
+        """Embed cells; finite, shape ``(n_obs, n_latent)``, in the order of ``adata``."""
+        ...
+
+
+def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "latent") -> np.ndarray:
+    """Embed cells with an encoder, or read an embedding that is there.
+
+    Parameters
+    ----------
+    source
+        Encoder, or key of ``adata.obsm``.
+    adata
+        Cells.
+    argument
+        Name of the argument that gave ``source``, for messages.
+
+    Returns
+    -------
+    float32, shape ``(n_obs, n_latent)``.
+
+    Raises
+    ------
+    MissingKeyError
+        There is no such key.
+    InvalidArgumentError
+        ``source`` embeds nothing, or what it gives is not a finite matrix with a row for each cell.
+    """
+    found: Any
+    if isinstance(source, str):
+        check_key(argument, source, "adata.obsm", adata.obsm.keys())
+        found, name = adata.obsm[source], f"adata.obsm[{source!r}]"
+    elif isinstance(source, FoundationEncoder) and not isinstance(source, type):
+        found, name = source.get_latent_representation(adata), f"{type(source).__name__}.get_latent_representation"
+    else:
+        raise InvalidArgumentError(
+            f"{argument}={source!r} embeds no cells. Give a key of adata.obsm, or a trained model or encoder with "
+            "get_latent_representation(adata)."
+        )
+    embedding = np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float32)
+    if embedding.ndim != 2 or len(embedding) != adata.n_obs or not np.isfinite(embedding).all():
+        raise InvalidArgumentError(
+            f"{argument}: {name} has shape {embedding.shape} and {int((~np.isfinite(embedding)).sum())} values that "
+            f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
+        )
+    return embedding
