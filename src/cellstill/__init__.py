@@ -11,12 +11,28 @@ _PUBLIC = {
     "AmbientRegularizedSCVI": "cellstill.vi",
     "Distiller": "cellstill.distill",
     "RegularizedMultimodalVI": "cellstill.vi",
+    "SCDD": "cellstill.condense",
 }
-_SUBPACKAGES = {"data", "de", "distill", "errors", "io", "metrics", "nn", "pl", "teachers", "train", "vi"}
+_SUBPACKAGES = {
+    "condense",
+    "data",
+    "de",
+    "distill",
+    "errors",
+    "foundation",
+    "io",
+    "metrics",
+    "nn",
+    "pl",
+    "teachers",
+    "train",
+    "vi",
+}
 
-__all__ = ["AmbientRegularizedSCVI", "Distiller", "RegularizedMultimodalVI", "__version__"]
+__all__ = ["SCDD", "AmbientRegularizedSCVI", "Distiller", "RegularizedMultimodalVI", "__version__"]
 
 if TYPE_CHECKING:
+    from cellstill.condense import SCDD
     from cellstill.distill import Distiller
     from cellstill.vi import AmbientRegularizedSCVI, RegularizedMultimodalVI
 

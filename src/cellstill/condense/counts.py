@@ -10,8 +10,9 @@ import scipy.sparse as sp
 
 from cellstill.errors import InvalidArgumentError, check_option
 
-CountsForm = Literal["expected", "rounded", "sampled", "mixed"]
-FORMS: tuple[CountsForm, ...] = ("expected", "rounded", "sampled", "mixed")
+CountsForm = Literal["rounded", "mixed", "expected", "sampled"]
+FORMS: tuple[CountsForm, ...] = ("rounded", "mixed", "expected", "sampled")
+"""Whole counts first: of candidates that do as well, the first is taken."""
 
 
 @dataclass(frozen=True)
@@ -21,26 +22,27 @@ class Rendering:
     Parameters
     ----------
     form
-        ``"expected"``: whatever fraction of a count is expected. ``"rounded"``: expected counts at a chosen depth, to
-        whole molecules: what is expected less than half a time is a zero, as most genes of a real cell are, which trees
-        need, and nothing is noise. ``"sampled"``: draws from the negative binomial, at depths of real cells.
-        ``"mixed"``: every other cell of a class rounded, the others expected.
-    depth
-        Total of a rounded cell, before rounding. Smaller gives more zeros.
+        ``"expected"``: whatever fraction of a count is expected. ``"rounded"``: expected counts at a depth of their
+        own, in whole molecules, with as many genes detected as in a real cell. What is not expected is a zero, as most
+        of a real cell is, which trees need; and nothing is noise. ``"sampled"``: draws from the negative binomial, at
+        depths of real cells. ``"mixed"``: every other cell of a class rounded, the others expected.
+    detection
+        Number of genes that a rounded cell detects, over that of the median real cell of its class. Larger keeps more
+        of what is expected of weak genes, and fewer zeros.
     """
 
     form: CountsForm
-    depth: float = 0.0
+    detection: float = 1.0
 
     def __post_init__(self) -> None:
         check_option("counts", self.form, FORMS)
-        if self.form in ("rounded", "mixed") and self.depth < 1:
-            raise InvalidArgumentError(f"depth={self.depth} of counts={self.form!r} has to be at least 1.")
+        if not 0 < self.detection < np.inf:
+            raise InvalidArgumentError(f"detection={self.detection} has to be a finite number above 0.")
 
     @property
     def name(self) -> str:
         """In tables."""
-        return f"{self.form}, {self.depth:,.0f}" if self.depth else self.form
+        return f"{self.form}, {self.detection:g}" if self.form in ("rounded", "mixed") else self.form
 
 
 def render(
@@ -49,6 +51,7 @@ def render(
     rates: np.ndarray,
     theta: np.ndarray,
     library: np.ndarray,
+    n_detected: np.ndarray,
     codes: np.ndarray,
     seed: int = 0,
 ) -> sp.csr_matrix:
@@ -65,6 +68,8 @@ def render(
         Expected proportions ``(n, n_vars)`` and inverse dispersions ``(n_vars,)``, from which counts are sampled.
     library
         Total of each cell that is not rounded, shape ``(n,)``.
+    n_detected
+        Number of genes that a median real cell of each cell's class detects, shape ``(n,)``.
     codes
         Class of each cell, shape ``(n,)``.
     seed
@@ -82,11 +87,30 @@ def render(
         counts = share * library[:, None]
         if rendering.form != "expected":
             rounded = np.ones(len(codes), dtype=bool) if rendering.form == "rounded" else _every_other(codes)
-            counts[rounded] = np.round(share[rounded] * rendering.depth)
+            counts[rounded] = round_to_detection(share[rounded], rendering.detection * n_detected[rounded])
     empty = counts.sum(axis=1) == 0
     if empty.any():
         counts[empty, np.argmax(expected[empty], axis=1)] = 1
     return sp.csr_matrix(counts.astype(np.float32))
+
+
+def round_to_detection(share: np.ndarray, n_genes: np.ndarray) -> np.ndarray:
+    """Whole counts in proportion to shares, at the smallest depth at which so many genes have any.
+
+    Parameters
+    ----------
+    share
+        Shape ``(n, n_vars)``, at least 0.
+    n_genes
+        Genes wanted of each cell, shape ``(n,)``; fewer where fewer have a share.
+    """
+    n_vars = share.shape[1]
+    wanted = np.clip(np.round(n_genes).astype(np.int64), 1, n_vars)
+    least = np.take_along_axis(np.sort(share, axis=1), (n_vars - wanted)[:, None], axis=1)
+    smallest = np.min(np.where(share > 0, share, np.inf), axis=1, keepdims=True)
+    # From half a molecule on, counts are rounded up; a little more, because halves go to the even number.
+    depth = 0.5 * (1 + 1e-9) / np.where(least > 0, least, smallest)
+    return np.round(share * depth)
 
 
 def _draw(rates: np.ndarray, theta: np.ndarray, library: np.ndarray, rng: np.random.Generator) -> np.ndarray:

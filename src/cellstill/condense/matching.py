@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,10 +40,10 @@ class MatchingConfig:
     """
 
     n_steps: int = 200
-    lr: float = 0.05
+    lr: float = 0.01
     real_per_class: int = 64
-    gradient_weight: float = 0.2
-    distribution_weight: float = 0.2
+    gradient_weight: float = 0.0
+    distribution_weight: float = 0.0
     outcome_weight: float = 1.0
     class_weight: float = 0.01
     shell_weight: float = 0.01
@@ -66,8 +66,9 @@ def match_codes(
     config: MatchingConfig,
     *,
     seed: int = 0,
+    snapshots: Collection[int] = (),
     on_step: Callable[[int, dict[str, float]], None] | None = None,
-) -> tuple[torch.Tensor, pd.DataFrame]:
+) -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
     """Move codes until what networks make of their cells is what they make of real ones.
 
     Parameters
@@ -86,12 +87,14 @@ def match_codes(
         Settings.
     seed
         Of the real cells and networks drawn.
+    snapshots
+        Numbers of steps after which codes are kept, besides the last.
     on_step
         Called with the step and its terms.
 
     Returns
     -------
-    Matched codes, and the terms of each step.
+    Codes by the number of steps, and the terms of each step.
 
     Raises
     ------
@@ -104,7 +107,7 @@ def match_codes(
     rng = np.random.default_rng(seed)
     matched = codes.clone().requires_grad_(True)
     optimiser = torch.optim.Adam([matched], lr=config.lr)
-    history = []
+    history, kept = [], {0: codes.clone()} if 0 in snapshots or not config.n_steps else {}
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         for step in range(config.n_steps):
@@ -137,9 +140,11 @@ def match_codes(
             optimiser.zero_grad(set_to_none=True)
             total.backward(inputs=[matched])
             optimiser.step()
+            if step + 1 in snapshots or step + 1 == config.n_steps:
+                kept[step + 1] = matched.detach().clone()
             if on_step is not None:
                 on_step(step, found)
-    return matched.detach(), pd.DataFrame(history)
+    return kept, pd.DataFrame(history).rename_axis(index="step")
 
 
 def as_seen(expected: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from cellstill.condense.splits import split_classes
 from cellstill.data.annotations import category_names
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
-from cellstill.data.genes import check_unique_genes
+from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -116,15 +116,13 @@ class CondensationProblem:
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         check_unique_genes(adata.var_names)
-        codes, classes, tasks = read_labels(adata, keys)
+        codes, classes, _ = read_labels(adata, keys)
         donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
-        check_counts(adata, layer)
         parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
         _warn_about_small_classes(codes, classes, parts)
-        counts = as_csr(get_layer(adata, layer)).astype(np.float32)
-        genes = variable_genes(counts[parts["train"]], n_top_genes)
-        counts = counts[:, genes]
-        cells = {name: LabelledCells(counts[rows], codes[rows]) for name, rows in parts.items()}
+        counts = as_csr(get_layer(adata, layer))
+        genes = variable_genes(counts[parts["train"]].astype(np.float32), n_top_genes)
+        names = adata.var_names.to_numpy().astype(str)[genes]
         _log.info(
             "%s: %d classes, %s cells of training, validation and test, %d genes.",
             ", ".join(keys),
@@ -132,13 +130,55 @@ class CondensationProblem:
             " / ".join(f"{len(rows):,}" for rows in parts.values()),
             len(genes),
         )
+        return cls.from_rows(adata, keys, parts, names, layer=layer, donor_key=donor_key)
+
+    @classmethod
+    def from_rows(
+        cls,
+        adata: AnnData,
+        labels_key: str | Sequence[str],
+        rows: Mapping[str, np.ndarray],
+        genes: np.ndarray,
+        *,
+        layer: str | None = None,
+        donor_key: str | None = None,
+    ) -> CondensationProblem:
+        """Build a problem whose split and genes are known.
+
+        Parameters
+        ----------
+        adata, labels_key, layer, donor_key
+            As in :meth:`from_anndata`.
+        rows
+            Positions of the cells of ``"train"``, ``"validation"`` and ``"test"``.
+        genes
+            Names of the genes.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Positions that ``adata`` does not have.
+        GeneMismatchError
+            Genes that it does not have.
+        """
+        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        last = max((int(part.max()) for part in rows.values() if len(part)), default=-1)
+        if last >= adata.n_obs:
+            raise InvalidArgumentError(
+                f"adata has {adata.n_obs} cells; the split names cell {last}. Pass its own cells."
+            )
+        codes, classes, tasks = read_labels(adata, keys)
+        check_counts(adata, layer)
+        counts = as_csr(get_layer(adata, layer)).astype(np.float32)
+        counts, _ = align_genes(counts, adata.var_names.astype(str), list(genes), min_overlap=1.0)
+        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
         return cls(
-            **cells,
+            **{name: LabelledCells(counts[part], codes[part]) for name, part in rows.items()},
             classes=classes,
             tasks=tasks,
-            genes=adata.var_names.to_numpy().astype(str)[genes],
-            rows=parts,
-            donors=None if donors is None else donors[parts["train"]],
+            genes=np.asarray(genes).astype(str),
+            rows=dict(rows),
+            donors=None if donors is None else donors[rows["train"]],
         )
 
     @property

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.counts import Rendering, render
 from cellstill.condense.diffusion import fit_generator
 from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
@@ -31,8 +32,12 @@ class Space:
         One-step generator.
     teacher
         The multi-step diffusion model it was tuned from.
+    config
+        Settings of the generator.
     log_library
         Mean and standard deviation of the log library size of each class, shape ``(n_classes, 2)``.
+    n_detected
+        Number of genes that the median cell of each class detects, shape ``(n_classes,)``.
     history
         Losses of ``"latent"``, ``"diffusion"`` and ``"tuning"``.
     """
@@ -40,7 +45,9 @@ class Space:
     autoencoder: Autoencoder
     generator: OneStepGenerator
     teacher: Denoiser
+    config: GeneratorConfig
     log_library: np.ndarray
+    n_detected: np.ndarray
     history: dict[str, pd.DataFrame]
 
     @property
@@ -54,11 +61,20 @@ class Space:
         return z, self.autoencoder.expect(z)
 
     @torch.inference_mode()
-    def parts(self, z: torch.Tensor) -> dict[str, np.ndarray]:
-        """What :func:`~cellstill.condense.counts.render` needs at z: expected log expression, rates, inverse dispersions."""
+    def render(self, rendering: Rendering, z: torch.Tensor, codes: np.ndarray, seed: int = 0) -> LabelledCells:
+        """Cells of some classes at z, as counts."""
         module = self.autoencoder
-        found = {"expected": module.expect(z), "rates": module.decode(z), "theta": module.log_theta.exp()}
-        return {name: part.cpu().numpy() for name, part in found.items()}
+        counts = render(
+            rendering,
+            expected=module.expect(z).cpu().numpy(),
+            rates=module.decode(z).cpu().numpy(),
+            theta=module.log_theta.exp().cpu().numpy(),
+            library=self.library(codes, seed if rendering.form == "sampled" else None),
+            n_detected=self.n_detected[codes],
+            codes=codes,
+            seed=seed,
+        )
+        return LabelledCells(counts, codes)
 
     def library(self, codes: np.ndarray, seed: int | None = None) -> np.ndarray:
         """Library sizes of cells of some classes: their geometric mean, or draws around it with ``seed``."""
@@ -115,14 +131,15 @@ def fit_space(
     )
     autoencoder.requires_grad_(False)
     checkpoints = (saved["diffusion"], saved["tuning"])
-    one_step, teacher, histories = fit_generator(
-        autoencoder, problem.train, generator or GeneratorConfig(), **how, checkpoints=checkpoints
-    )
+    generator = generator or GeneratorConfig()
+    one_step, teacher, histories = fit_generator(autoencoder, problem.train, generator, **how, checkpoints=checkpoints)
     return Space(
         autoencoder,
         one_step,
         teacher.requires_grad_(False),
+        generator,
         log_library(problem.train, problem.n_classes),
+        detected(problem.train, problem.n_classes),
         {"latent": losses, **histories},
     )
 
@@ -135,3 +152,9 @@ def log_library(cells: LabelledCells, n_classes: int) -> np.ndarray:
         own = total[cells.of_class(code)]
         found[code] = (own.mean(), own.std()) if len(own) else (total.mean(), total.std())
     return found
+
+
+def detected(cells: LabelledCells, n_classes: int) -> np.ndarray:
+    """Median number of genes that the cells of each class detect, shape ``(n_classes,)``."""
+    n_genes = np.diff(cells.counts.indptr)
+    return np.array([np.median(n_genes[own] if len(own := cells.of_class(k)) else n_genes) for k in range(n_classes)])

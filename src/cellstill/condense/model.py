@@ -1,0 +1,486 @@
+"""SCDD: from labelled counts to a few synthetic cells that train a classifier almost as well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cellstill._compat.scvi import RegisteredModel, category_registry, register, setup_args
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.counts import FORMS, CountsForm, Rendering
+from cellstill.condense.generator import GeneratorConfig
+from cellstill.condense.latent import LatentConfig
+from cellstill.condense.matching import MatchingConfig
+from cellstill.condense.output import to_anndata
+from cellstill.condense.problem import CondensationProblem, Task, read_labels
+from cellstill.condense.solver import condense
+from cellstill.condense.space import Space, fit_space
+from cellstill.condense.starts import Start
+from cellstill.condense.stored import restore_space, space_config, space_tensors
+from cellstill.data.counts import as_csr, check_counts, get_layer
+from cellstill.data.covariates import obs_column
+from cellstill.data.genes import align_genes, check_unique_genes
+from cellstill.data.selection import cell_positions
+from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option
+from cellstill.foundation import FoundationEncoder, embed
+from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
+from cellstill.train.progress import OnEpoch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+AUTOENCODER = "autoencoder"
+
+
+class SCDD(RegisteredModel):
+    """Condense a labelled data set into a few synthetic cells per class, in the style of scDD.
+
+    A supervised autoencoder with a count decoder gives a latent space; a conditional diffusion model of it is tuned to
+    generate in one step; codes, one for each synthetic cell, are matched through generator and decoder until what is
+    learned from the synthetic cells is right about the real ones; what is kept is chosen on cells set aside.
+
+    Parameters
+    ----------
+    adata
+        Registered labelled counts; the cells that are to judge the result belong elsewhere.
+    latent
+        Whose knowledge of cells shapes the latent space: ``"autoencoder"`` learns from counts and labels alone; a key
+        of ``adata.obsm``, or anything with ``get_latent_representation(adata)``, such as a trained model of ours or of
+        scvi-tools, is taught to it besides. New cells never need the source again.
+    n_top_genes
+        Most variable genes kept. More tell more and take longer; ``None`` keeps all.
+    validation_size
+        Share of the cells, or of the donors, that choose instead of being learned from. More choose better and leave
+        less to learn from.
+    latent_settings, generator_settings
+        Settings of the networks; ``None`` takes the defaults.
+    seed
+        Of everything drawn: equal seeds give equal files, on one machine and number of threads.
+
+    Examples
+    --------
+    >>> SCDD.setup_anndata(train, labels_key="cell_type", layer="counts")
+    >>> model = SCDD(train)
+    >>> model.train()
+    >>> tiny = model.condense(samples_per_class=10)
+    >>> tiny.write_h5ad("tiny.h5ad")
+
+    References
+    ----------
+    Yu et al. (2025), scDD: latent codes based single-cell data set distillation (arXiv:2503.04357), whose parts this
+    follows; its equations are our own.
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        *,
+        latent: str | FoundationEncoder = AUTOENCODER,
+        n_top_genes: int | None = 2000,
+        validation_size: float = 0.15,
+        latent_settings: LatentConfig | None = None,
+        generator_settings: GeneratorConfig | None = None,
+        seed: int = 0,
+        _registry: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(adata, _registry)
+        if not isinstance(seed, int) or seed < 0:
+            raise InvalidArgumentError(f"seed={seed!r} has to be a whole number, at least 0.")
+        if not 0 < validation_size < 1:
+            raise InvalidArgumentError(f"validation_size={validation_size!r} has to be above 0 and below 1.")
+        self.latent = latent
+        self.n_top_genes = n_top_genes
+        self.validation_size = validation_size
+        self.latent_settings = latent_settings or LatentConfig()
+        self.generator_settings = generator_settings or GeneratorConfig()
+        self.seed = seed
+        self.history_: dict[str, pd.DataFrame] = {}
+        self._setup = setup_args(self.registry)
+        self._space: Space | None = None
+        self._problem: CondensationProblem | None = None
+        self._names: tuple[tuple[str, ...], tuple[Task, ...], np.ndarray] | None = None
+        self._model_summary_string = f"SCDD of the labels {self._setup['labels_key']!r}"
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        labels_key: str | Sequence[str],
+        *,
+        layer: str | None = None,
+        donor_key: str | None = None,
+    ) -> None:
+        """Check a data set and register it.
+
+        Parameters
+        ----------
+        adata
+            Counts and labels. Not a view.
+        labels_key
+            Column of ``adata.obs`` with the labels; several, if one set is to serve several tasks: a class is then a
+            combination of their categories.
+        layer
+            Layer of counts; ``None`` reads ``X``.
+        donor_key
+            Column with donors; cells that choose then come from other donors than cells that are learned from.
+
+        Raises
+        ------
+        MissingKeyError
+            A column or layer does not exist; the message lists those that do.
+        InvalidCountsError
+            The layer does not hold counts, or a cell is empty.
+        InvalidArgumentError
+            Missing labels, or fewer than two classes.
+        """
+        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        if adata.is_view:
+            raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
+        check_unique_genes(adata.var_names)
+        read_labels(adata, keys)
+        check_counts(adata, layer)
+        columns = {f"labels{k or ''}": key for k, key in enumerate(keys)}
+        if donor_key is not None:
+            obs_column(adata.obs, donor_key, "donor_key")
+            columns["donor"] = donor_key
+        register(
+            cls,
+            adata,
+            layer=layer,
+            categorical=columns,
+            setup_args={"labels_key": keys, "layer": layer, "donor_key": donor_key},
+        )
+
+    @property
+    def problem(self) -> CondensationProblem:
+        """Cells that are learned from, and cells that choose."""
+        if self._problem is None:
+            raise InvalidArgumentError(
+                "The model has no data, or is not trained. Call train(), or load it with data: SCDD.load(path, adata)."
+            )
+        return self._problem
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their codes."""
+        return self._known()[0]
+
+    @property
+    def gene_names(self) -> np.ndarray:
+        """Genes of synthetic cells, shape ``(n_vars,)``."""
+        return self._known()[2]
+
+    def train(
+        self,
+        *,
+        accelerator: str = "auto",
+        progress: bool | OnEpoch | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> SCDD:
+        """Train latent space and generator.
+
+        Parameters
+        ----------
+        accelerator
+            ``"auto"`` (a CUDA device if there is one), ``"cpu"`` or ``"gpu"``.
+        progress
+            Show progress bars; ``None`` shows them in a terminal. A function is called after each epoch, as
+            ``progress(phase, epoch, losses)``.
+        checkpoint
+            Folder for the state of training, written after each epoch.
+        resume
+            Go on from ``checkpoint``, if there is one: training ends with the same weights, bit for bit, as if it had
+            not been interrupted.
+
+        Returns
+        -------
+        The model itself.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The cells cannot be split, or ``latent`` embeds nothing.
+        TrainingError
+            A loss or gradient is not finite.
+        StoreError
+            ``checkpoint`` holds a run already and ``resume`` is false, or one with other data or settings.
+        """
+        adata = self._require_adata()
+        problem = CondensationProblem.from_anndata(
+            adata,
+            self._setup["labels_key"],
+            layer=self._setup["layer"],
+            donor_key=self._setup["donor_key"],
+            n_top_genes=self.n_top_genes,
+            train_size=1 - self.validation_size,
+            validation_size=self.validation_size,
+            seed=self.seed,
+        )
+        told = None
+        if not (isinstance(self.latent, str) and self.latent == AUTOENCODER):
+            embedding = embed(self.latent, adata)
+            told = {name: embedding[rows] for name, rows in problem.rows.items()}
+        space = fit_space(
+            problem,
+            self.latent_settings,
+            self.generator_settings,
+            told=told,
+            seed=self.seed,
+            accelerator=accelerator,
+            progress=os.isatty(2) if progress is None else progress,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            resume=resume,
+        )
+        self._problem = problem
+        self._attach(space, (problem.classes, problem.tasks, problem.genes))
+        return self
+
+    def condense(
+        self,
+        samples_per_class: int = 10,
+        *,
+        counts: CountsForm | Literal["auto"] = "auto",
+        start: Start | Literal["auto"] = "auto",
+        matching: MatchingConfig | None = None,
+        seed: int | None = None,
+        on_step: Callable[[str, int, int], None] | None = None,
+    ) -> AnnData:
+        """Make a few synthetic cells of each class.
+
+        Parameters
+        ----------
+        samples_per_class
+            Cells of each class; of a class with fewer real cells to learn from, as many as these.
+        counts
+            ``"expected"``, ``"rounded"``, ``"sampled"`` or ``"mixed"`` (:class:`~cellstill.condense.counts.Rendering`);
+            ``"auto"`` takes what does best on the cells set aside.
+        start
+            Where codes start: ``"centroids"``, ``"random"``, or ``"auto"``, which takes what does best.
+        matching
+            Settings of the matching; ``None`` takes the defaults.
+        seed
+            Of everything drawn; ``None`` takes that of the model.
+        on_step
+            Called as ``on_step(phase, step, n_steps)``.
+
+        Returns
+        -------
+        Synthetic cells: counts in ``X``, labels in ``obs``, codes in ``obsm["X_scdd"]``, provenance and the candidates'
+        scores in ``uns["scdd"]``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A setting is out of range, or the model was loaded without data.
+        NotTrainedError
+            The model is not trained.
+        """
+        space, problem = self._require_space(), self.problem
+        seed = self.seed if seed is None else seed
+        found = condense(
+            problem, space, samples_per_class, counts=counts, start=start, matching=matching, seed=seed, on_step=on_step
+        )
+        return to_anndata(
+            found.cells,
+            problem.classes,
+            problem.tasks,
+            problem.genes,
+            {
+                "method": "SCDD",
+                "seed": seed,
+                "samples_per_class": samples_per_class,
+                "counts": found.rendering.form,
+                "detection": found.rendering.detection,
+                "start": found.start,
+                "matching_steps": found.n_steps,
+                "matching": asdict(matching or MatchingConfig()),
+                "latent": self._latent_name(),
+                "n_real": len(problem.train),
+                "n_synthetic": len(found.cells),
+                "of_class": np.bincount(found.cells.codes, minlength=problem.n_classes),
+            },
+            codes=found.codes,
+            choice=found.choice,
+        )
+
+    def generate(
+        self,
+        label: str,
+        n: int,
+        *,
+        counts: Literal["expected", "rounded", "sampled"] = "sampled",
+        seed: int | None = None,
+    ) -> AnnData:
+        """Generate cells of a class, in one step each, without matching.
+
+        Parameters
+        ----------
+        label
+            Class.
+        n
+            Number of cells.
+        counts
+            Form of the counts; ``"sampled"`` is like real cells.
+        seed
+            Of everything drawn; ``None`` takes that of the model.
+
+        Raises
+        ------
+        InvalidArgumentError
+            An unknown class, or fewer than one cell.
+        """
+        space = self._require_space()
+        classes, tasks, genes = self._known()
+        check_option("label", label, classes)
+        check_option("counts", counts, [form for form in FORMS if form != "mixed"])
+        if isinstance(n, bool) or n != int(n) or n < 1:
+            raise InvalidArgumentError(f"n={n!r} has to be a whole number, at least 1.")
+        seed = self.seed if seed is None else seed
+        codes = np.full(int(n), classes.index(label))
+        noise = torch.randn(
+            len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
+        )
+        with torch.inference_mode():
+            z = space.generator(noise.to(space.device), torch.from_numpy(codes).to(space.device))
+        cells = space.render(Rendering(counts), z, codes, seed)
+        told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
+        return to_anndata(cells, classes, tasks, genes, told, codes=noise.numpy())
+
+    def get_latent_representation(
+        self, adata: AnnData | None = None, indices: np.ndarray | Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Return z of cells, standardised over the training cells.
+
+        Parameters
+        ----------
+        adata
+            Counts, in the layer of training; genes are matched by name. ``None`` takes the model's own cells.
+        indices
+            Positions of the cells wanted, or a mask; ``None`` takes all.
+
+        Returns
+        -------
+        float32, shape ``(n, n_latent)``.
+        """
+        space = self._require_space()
+        adata = self._require_adata() if adata is None else adata
+        layer = self._setup["layer"]
+        check_counts(adata, layer)
+        counts, _ = align_genes(
+            as_csr(get_layer(adata, layer)).astype(np.float32), adata.var_names.astype(str), self.gene_names.tolist()
+        )
+        rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
+        cells = counts[rows]
+        return space.encode(LabelledCells(cells, np.zeros(cells.shape[0], dtype=np.int64))).cpu().numpy()
+
+    def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model to a folder: safetensors and JSON, no pickle, no counts.
+
+        Raises
+        ------
+        StoreError
+            The folder exists, or cannot be written.
+        """
+        space, (classes, tasks, genes) = self._require_space(), self._known()
+        rows = {f"rows.{name}": part for name, part in self.problem.rows.items()} if self._problem else {}
+        config = {
+            "setup": self._setup,
+            "latent": self._latent_name(),
+            "n_top_genes": self.n_top_genes,
+            "validation_size": self.validation_size,
+            "seed": self.seed,
+            "classes": list(classes),
+            "tasks": [{"key": t.key, "names": list(t.names), "of_class": t.of_class.tolist()} for t in tasks],
+            "space": space_config(space),
+        }
+        tensors = {**space_tensors(space), **rows, "genes": names_to_array(genes.tolist())}
+        save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, dir_path: str | os.PathLike[str], adata: AnnData | None = None) -> SCDD:
+        """Read a model that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        dir_path
+            Folder.
+        adata
+            The cells of training, if more are to be condensed; generating needs none.
+
+        Raises
+        ------
+        StoreError
+            The folder is absent, damaged, of another class, or from a newer cellstill.
+        InvalidArgumentError
+            ``adata`` has other cells or labels than those of training.
+        """
+        tensors, config = load_store(dir_path, cls.__name__)
+        try:
+            setup, space = config["setup"], restore_space(tensors, config["space"])
+            tasks = tuple(
+                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64)) for t in config["tasks"]
+            )
+            classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
+        registry = None
+        if adata is None:
+            columns = {f"labels{k or ''}": task.key for k, task in enumerate(tasks)}
+            known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(tasks)}
+            registry = category_registry(cls.__name__, setup, known, columns=columns)
+        else:
+            cls.setup_anndata(adata, setup["labels_key"], layer=setup["layer"], donor_key=setup["donor_key"])
+        model = cls(
+            adata,
+            n_top_genes=config["n_top_genes"],
+            validation_size=config["validation_size"],
+            latent_settings=space.autoencoder.config,
+            generator_settings=space.config,
+            seed=config["seed"],
+            _registry=registry,
+        )
+        model.latent = config["latent"]
+        if adata is not None:
+            rows = {name.removeprefix("rows."): part for name, part in tensors.items() if name.startswith("rows.")}
+            model._problem = CondensationProblem.from_rows(
+                adata, setup["labels_key"], rows, genes, layer=setup["layer"], donor_key=setup["donor_key"]
+            )
+            if model._problem.classes != classes:
+                raise InvalidArgumentError(
+                    f"adata has the classes {list(model._problem.classes)}; the model was trained on {list(classes)}. "
+                    "Attach the cells of training, or load without data and generate."
+                )
+        model._attach(space, (classes, tasks, genes))
+        return model
+
+    def _attach(self, space: Space, names: tuple[tuple[str, ...], tuple[Task, ...], np.ndarray]) -> None:
+        self._space, self._names = space, names
+        self.module = torch.nn.ModuleDict({"autoencoder": space.autoencoder, "generator": space.generator})
+        self.history_ = space.history
+        self.is_trained_ = True
+
+    def _latent_name(self) -> str:
+        return self.latent if isinstance(self.latent, str) else type(self.latent).__name__
+
+    def _require_adata(self) -> AnnData:
+        if self.adata is None:
+            raise InvalidArgumentError("The model was loaded without data. Load it with some: SCDD.load(path, adata).")
+        return self.adata
+
+    def _require_space(self) -> Space:
+        if self._space is None:
+            raise NotTrainedError("The model is not trained. Call train() first.")
+        return self._space
+
+    def _known(self) -> tuple[tuple[str, ...], tuple[Task, ...], np.ndarray]:
+        self._require_space()
+        assert self._names is not None
+        return self._names

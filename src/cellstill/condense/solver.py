@@ -1,0 +1,159 @@
+"""From a problem and a trained space to synthetic cells: start, match, render, choose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.choice import mean_score, validation_score
+from cellstill.condense.counts import FORMS, CountsForm, Rendering
+from cellstill.condense.matching import MatchingConfig, match_codes
+from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.space import Space
+from cellstill.condense.starts import STARTS, Start, labels_of_budget, start_codes
+from cellstill.errors import check_option
+
+_log = logging.getLogger("cellstill")
+
+DETECTIONS = (1.0, 2.0)
+"""Detection of rounded cells that are tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class Condensed:
+    """Synthetic cells, and how they came to be.
+
+    Attributes
+    ----------
+    cells
+        Counts and classes.
+    codes
+        Codes of the cells, shape ``(n, n_latent)``.
+    rendering
+        How they became counts.
+    start, n_steps
+        Where codes started, and for how many steps they were matched.
+    choice
+        One row for each candidate: start, steps, counts, macro-F1 of the validation cells by each judge, their mean.
+    history
+        Terms of the matching, by start.
+    """
+
+    cells: LabelledCells
+    codes: np.ndarray
+    rendering: Rendering
+    start: Start
+    n_steps: int
+    choice: pd.DataFrame
+    history: dict[str, pd.DataFrame]
+
+
+def condense(
+    problem: CondensationProblem,
+    space: Space,
+    samples_per_class: int,
+    *,
+    counts: CountsForm | Literal["auto"] = "auto",
+    start: Start | Literal["auto"] = "auto",
+    matching: MatchingConfig | None = None,
+    seed: int = 0,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> Condensed:
+    """Make synthetic cells.
+
+    Parameters
+    ----------
+    problem
+        Real cells: those of training are matched, those of validation choose.
+    space
+        Trained on them.
+    samples_per_class
+        Synthetic cells of each class; no more than real ones.
+    counts
+        Form of the counts (:class:`~cellstill.condense.counts.Rendering`); ``"auto"`` chooses.
+    start
+        Where codes start (:func:`~cellstill.condense.starts.start_codes`); ``"auto"`` chooses.
+    matching
+        Settings of the matching; ``None`` takes the defaults.
+    seed
+        Of everything drawn.
+    on_step
+        Called as ``on_step(phase, step, n_steps)``.
+
+    Returns
+    -------
+    The candidate with the best mean macro-F1 on the validation cells: of each start, the codes as they start, after a
+    quarter of the steps, and after all; each in every form of counts that is allowed.
+    """
+    check_option("counts", counts, ("auto", *FORMS))
+    check_option("start", start, ("auto", *STARTS))
+    matching = matching or MatchingConfig()
+    codes = labels_of_budget(problem.budget(samples_per_class))
+    label = torch.from_numpy(codes).to(space.device)
+    states: dict[tuple[Start, int], torch.Tensor] = {}
+    history: dict[str, pd.DataFrame] = {}
+    for name in STARTS if start == "auto" else (start,):
+        first = start_codes(name, problem, space, codes, seed)
+        kept, history[name] = match_codes(
+            first,
+            label,
+            problem.train,
+            problem.n_classes,
+            space.decode,
+            space.autoencoder.classify,
+            matching,
+            seed=seed,
+            snapshots=(0, matching.n_steps // 4),
+            on_step=None if on_step is None else _counting(on_step, f"matching, {name}", matching.n_steps),
+        )
+        states |= {(name, n_steps): state for n_steps, state in kept.items()}
+    candidates = [(key, rendering) for key in states for rendering in renderings(counts, samples_per_class)]
+    rows: list[dict[str, Any]] = []
+    best: tuple[int, LabelledCells] | None = None
+    for number, ((name, n_steps), rendering) in enumerate(candidates):
+        with torch.inference_mode():
+            z = space.generator(states[name, n_steps], label)
+        cells = space.render(rendering, z, codes, seed)
+        row: dict[str, Any] = {"start": name, "steps": n_steps, "counts": rendering.name}
+        if len(candidates) > 1:
+            scores = validation_score(problem, cells, seed=seed)
+            row |= {**scores, "mean": mean_score(scores)}
+        rows.append(row)
+        if best is None or row["mean"] > rows[best[0]]["mean"]:
+            best = (number, cells)
+        if on_step is not None:
+            on_step("choosing", number + 1, len(candidates))
+    assert best is not None
+    number, cells = best
+    (name, n_steps), rendering = candidates[number]
+    _log.info("Chosen on the validation cells: start %s, %d steps, counts %s.", name, n_steps, rendering.name)
+    chosen = states[name, n_steps].cpu().numpy()
+    return Condensed(cells, chosen, rendering, name, n_steps, pd.DataFrame(rows), history)
+
+
+def renderings(counts: CountsForm | Literal["auto"], samples_per_class: int) -> list[Rendering]:
+    """Forms of counts to try."""
+    forms = FORMS if counts == "auto" else (counts,)
+    found = []
+    for form in forms:
+        if form == "mixed" and samples_per_class == 1 and counts == "auto":
+            continue
+        detections = DETECTIONS if form in ("rounded", "mixed") else (1.0,)
+        found += [Rendering(form, detection) for detection in detections]
+    return found
+
+
+def unmatched(matching: MatchingConfig | None = None) -> MatchingConfig:
+    """Settings that leave codes as they start."""
+    return replace(matching or MatchingConfig(), n_steps=0)
+
+
+def _counting(on_step: Callable[[str, int, int], None], phase: str, n_steps: int) -> Callable[[int, dict], None]:
+    return lambda step, _: on_step(phase, step + 1, n_steps)
