@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import scipy.stats
 import torch
 
+import cellstill.nn.fused as fused
 import cellstill.nn.output as output
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.compiled import compiled
@@ -102,7 +103,7 @@ def test_blocks_of_cells_do_not_matter(monkeypatch):
     ones = torch.ones(40)
     whole = evaluate(counts, parameters, group, ones)
     for size in (1, 53 * 7, 53 * 39):
-        monkeypatch.setitem(output._BLOCK, "cpu", size)
+        monkeypatch.setitem(fused._BLOCK, "cpu", size)
         monkeypatch.setattr(output, "_CACHED", max(1, size // 2))
         total, value, grads = evaluate(counts, parameters, group, ones)
         np.testing.assert_allclose(total, whole[0], rtol=1e-6)

@@ -1,19 +1,18 @@
-"""The last layer of a decoder and its likelihood as one function: means are made, used and dropped in blocks."""
+"""Negative binomial counts whose mean is a share, by softmax, of the cell's library size."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
 
-_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Entries, cells x genes, of a block of logits."""
 _CACHED = 1 << 18
 """Entries over which torch's operations stay in the cache of a core."""
 
@@ -34,9 +33,7 @@ def negative_binomial_output(
     .. math::
         x_{ng} \sim \mathrm{NB}(\mu_{ng}, \theta_g), \qquad \mu_n = s_n\,\mathrm{softmax}(W h_n + b)
 
-    The array of cells x genes exists only in blocks of cells that stay in the cache: a block of logits becomes means,
-    terms of the likelihood and gradients in place, and enters the gradients of ``hidden`` and ``weight`` before the
-    next one is made. All gradients are therefore computed on the way forward; going backward only scales them.
+    The last layer of the decoder and the likelihood are one function (:func:`~cellstill.nn.fused.fused_output`).
 
     Parameters
     ----------
@@ -82,64 +79,38 @@ def negative_binomial_output(
     else:
         _check_shape("theta", theta, (len(theta), n_vars))
         _check_shape("group", group, (n,))
-    cell_weight = torch.ones_like(log_size) if cell_weight is None else cell_weight
-    # Inside, needs_input_grad does not say whether gradients are recorded at all.
-    recorded = torch.is_grad_enabled()
-    return _NegativeBinomialOutput.apply(hidden, weight, bias, log_size, theta, x, group, cell_weight, recorded)
+    likelihood = _Softmax(
+        _Cells(
+            x,
+            log_size.detach().exp(),
+            group,
+            torch.ones_like(log_size) if cell_weight is None else cell_weight,
+            torch.empty_like(log_size, requires_grad=False),
+            torch.empty_like(log_size, requires_grad=False),
+        ),
+        _Genes(bias.detach(), theta.detach().contiguous(), torch.zeros_like(bias), torch.zeros_like(theta)),
+    )
+    return fused_output(hidden, weight, likelihood, (bias, log_size, theta))
 
 
-class _NegativeBinomialOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        log_size: torch.Tensor,
-        theta: torch.Tensor,
-        x: CSRRows,
-        group: torch.Tensor,
-        cell_weight: torch.Tensor,
-        recorded: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        device = hidden.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        with torch.autocast(device, enabled=False):
-            low, matrix = hidden.to(precision), weight.to(precision)
-            filled = torch.empty_like(log_size), torch.empty_like(log_size)
-            cells = _Cells(x, log_size.exp(), group, cell_weight, *filled)
-            genes = _Genes(bias.detach(), theta.detach().contiguous(), torch.zeros_like(bias), torch.zeros_like(theta))
-            block = _rows_torch if kernels(hidden.device) is None else _rows_kernel
-            grad_hidden, grad_weight = [], None
-            step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // x.n_vars)
-            for start in range(0, x.n_rows, step):
-                rows = slice(start, start + step)
-                logits = torch.mm(low[rows], matrix.t()).float()
-                block(logits, cells.of(rows), genes)
-                logits = logits.to(precision)
-                if recorded and ctx.needs_input_grad[0]:
-                    grad_hidden.append(torch.mm(logits, matrix))
-                if recorded and ctx.needs_input_grad[1]:
-                    grad_weight = _add_product(grad_weight, logits.t(), low[rows])
-            total = cells.value @ cell_weight
-        of_hidden = None
-        if grad_hidden:
-            of_hidden = (grad_hidden[0] if len(grad_hidden) == 1 else torch.cat(grad_hidden)).to(hidden.dtype)
-        ctx.grads = (of_hidden, grad_weight, genes.grad_bias, cells.grad_size, genes.grad_theta)
-        ctx.mark_non_differentiable(cells.value)
-        return total, cells.value
+class _Softmax:
+    """The likelihood as :func:`~cellstill.nn.fused.fused_output` asks for it."""
 
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError("The gradients of negative_binomial_output are computed once, and were already used.")
-        # Left to autograd alone, which then need not copy them.
-        grads, ctx.grads = ctx.grads, None
-        scaled = [
-            grad.mul_(outer[0]) if grad is not None and needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad[:5], strict=True)
-        ]
-        return (*scaled, None, None, None, None)
+    weight_l2 = 0.0
+
+    def __init__(self, cells: _Cells, genes: _Genes) -> None:
+        self.cells, self.genes = cells, genes
+        self.n_rows, self.n_vars = cells.x.n_rows, cells.x.n_vars
+        self.weight, self.value, self.penalty = cells.weight, cells.value, cells.value.new_zeros(())
+
+    def rows(self, logits: torch.Tensor, rows: slice) -> None:
+        """Turn the logits of some cells into their gradient."""
+        block = _rows_torch if kernels(logits.device) is None else _rows_kernel
+        block(logits, self.cells.of(rows), self.genes)
+
+    def gradients(self) -> tuple[torch.Tensor, ...]:
+        """Of bias, log size and theta."""
+        return self.genes.grad_bias, self.cells.grad_size, self.genes.grad_theta
 
 
 class _Cells(NamedTuple):
@@ -165,13 +136,6 @@ class _Genes(NamedTuple):
     theta: torch.Tensor
     grad_bias: torch.Tensor
     grad_theta: torch.Tensor
-
-
-def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Add a product to a sum in float32."""
-    if total is None:
-        return torch.mm(left, right).float()
-    return total.addmm_(left, right) if left.dtype == total.dtype else total.add_(torch.mm(left, right))
 
 
 def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
