@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +11,9 @@ import warnings
 
 import pytest
 import typer
+from rich.console import Console
 
-from cellstill.cli._terminal import terminal
+from cellstill.cli._terminal import Terminal, terminal
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 
 
@@ -131,6 +134,18 @@ def test_stages_are_timed():
 
     run(action)
     assert 0.04 <= seconds["sleep"] < 1
+
+
+@pytest.mark.parametrize("force_terminal", [True, False], ids=["terminal", "pipe"])
+def test_a_stage_says_how_far_it_is_where_somebody_watches(force_terminal):
+    err = Console(file=io.StringIO(), force_terminal=force_terminal, width=80)
+    term = Terminal(Console(file=io.StringIO()), err)
+    with term.stage("walk", "Walking") as say:
+        say("2 of 3")
+        time.sleep(0.2)
+    shown = err.file.getvalue()
+    assert ("Walking: 2 of 3" in shown) == force_terminal
+    assert ("✓ Walking" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)) == force_terminal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -31,6 +31,12 @@ from cellstill.cli.app import app
         ("modality_roles['gex']='dna' is not known", "--role gex=dna is not known"),
         ("Say so: modality_roles={'gex': ...}, with one of", "Say so: --role gex=ROLE, with one of"),
         ("stands for ambient_covariate_keys, dispersion_key, so", "stands for --ambient-key, --dispersion-key, so"),
+        ("donor_key has 2 donors (a, b); 3 at least", "--donor-key has 2 donors (a, b); 3 at least"),
+        ("fewer than samples_per_class=10 cells", "fewer than --spc 10 cells"),
+        (
+            "n_top_genes=1 has to be at least 2, or None for all genes.",
+            "--n-top-genes 1 has to be at least 2, or 0 for all genes.",
+        ),
         ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
     ],
 )
@@ -40,7 +46,8 @@ def test_python_arguments_become_options(message, words):
 
 def test_every_option_named_exists():
     helps = (
-        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output for command in ("integrate", "vi")
+        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        for command in ("integrate", "vi", "condense")
     )
     text = re.sub(r"\s+", " ", " ".join(helps))
     for option in [*_wording._OPTIONS.values(), "--teacher-setting"]:

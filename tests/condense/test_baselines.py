@@ -26,6 +26,7 @@ SELECTING = (
     "random", "herding", "k_center", "geosketch", "scsampler", "scvalue", "kmeans_medoids", "kmeans_pca_medoids",
 )  # fmt: skip
 MAKING = ("kmeans_centroids", "kmeans_pca", "half_centroids", "metacells", "dc", "dm")
+LATENT = ("kmeans_latent", "generator", "text_distill")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def rows_of(cells: LabelledCells) -> set[bytes]:
 
 
 def test_all_are_registered_with_what_is_known_of_them():
-    assert set(BASELINES) == {*SELECTING, *MAKING}
+    assert set(BASELINES) == {*SELECTING, *MAKING, *LATENT}
     for name, record in BASELINES.items():
         assert record.name == name
         assert record.limits.endswith(".")

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,8 +51,11 @@ class Terminal:
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager
-    def stage(self, name: str, doing: str) -> Iterator[None]:
-        """Time a stage; in a terminal, show that it runs and how long it took."""
+    def stage(self, name: str, doing: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; in a terminal, show that it runs and how long it took.
+
+        What it gives is a function that says how far the stage has come; only the last words are seen.
+        """
         started = time.perf_counter()
         if self.err.is_terminal:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -60,11 +63,11 @@ class Terminal:
             columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
             # With --verbose other libraries write too, which a moving line would garble.
             with Progress(*columns, console=self.err, transient=True, disable=self.verbose) as progress:
-                progress.add_task(doing)
-                yield
+                task = progress.add_task(doing)
+                yield lambda words: progress.update(task, description=f"{doing}: {words}")
             self.err.print(f"[green]✓[/] {doing} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
         else:
-            yield
+            yield lambda words: None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def line(self, kind: str, message: str, style: str) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as nnf
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator, generate_in_steps, schedule
@@ -39,11 +40,15 @@ class Diffusion(nn.Module):
     """
 
     global_parameters: frozenset[str] = frozenset()
+    average: torch.Tensor
+    n_averaged: torch.Tensor
 
     def __init__(self, denoiser: Denoiser, config: GeneratorConfig) -> None:
         super().__init__()
         self.denoiser, self.config = denoiser, config
-        self.average = copy.deepcopy(denoiser).requires_grad_(False)
+        # Buffers, and so a part of checkpoints, which frozen parameters are not.
+        self.register_buffer("average", parameters_to_vector(denoiser.parameters()).detach().clone())
+        self.register_buffer("n_averaged", torch.zeros(()))
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Squared error of the velocity, per dimension, shape ``(n,)``."""
@@ -58,8 +63,16 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def _follow(self) -> None:
-        for mean, weight in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
-            mean.lerp_(weight, 1 - self.config.decay)
+        self.n_averaged += 1
+        # Shorter at first: of the untrained weights nothing is to be left, however few the steps.
+        share = (9 / (10 + self.n_averaged)).clamp(min=1 - self.config.decay)
+        self.average.lerp_(parameters_to_vector(self.denoiser.parameters()), share)
+
+    def averaged(self) -> Denoiser:
+        """Denoiser with the moving average of the weights."""
+        found = copy.deepcopy(self.denoiser).requires_grad_(False)
+        vector_to_parameters(self.average.clone(), found.parameters())
+        return found
 
 
 class OneStepTuning(nn.Module):
@@ -198,7 +211,7 @@ def fit_generator(
         cells = loader(1)
         epochs = -(-config.n_steps // len(cells))
         histories["diffusion"] = fit(diffusion, cells, max_epochs=epochs, phase="diffusion", **common, **checkpoints[0])
-        teacher = diffusion.average
+        teacher = diffusion.averaged()
         tuning = OneStepTuning(teacher, autoencoder, config)
         cells = loader(2)
         epochs = -(-config.n_tuning_steps // len(cells))

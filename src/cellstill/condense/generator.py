@@ -32,7 +32,7 @@ class GeneratorConfig:
     n_teacher_steps
         Steps of the deterministic multi-step teacher.
     decay
-        Of the moving average of the weights, per step.
+        Of the moving average of the weights, per step; the average is over fewer steps at first.
     """
 
     n_hidden: int = 256

@@ -139,7 +139,8 @@ class Autoencoder(nn.Module):
         return -total / (counts.n_rows * self.n_vars)
 
     def _likelihood(self, hidden: torch.Tensor, counts: CSRRows) -> tuple[torch.Tensor, torch.Tensor]:
-        output, log_size = self.decoder.output, counts.library_size().log()
+        # A cell may lack all of the chosen genes.
+        output, log_size = self.decoder.output, counts.library_size().clamp(min=1).log()
         return negative_binomial_output(hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp())
 
     def _hidden(self, z: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def match_codes(
     matched = codes.clone().requires_grad_(True)
     optimiser = torch.optim.Adam([matched], lr=config.lr)
     history, kept = [], {0: codes.clone()} if 0 in snapshots or not config.n_steps else {}
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    with torch.enable_grad(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         for step in range(config.n_steps):
             rows = np.concatenate(

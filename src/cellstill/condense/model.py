@@ -19,7 +19,7 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import to_anndata
-from cellstill.condense.problem import CondensationProblem, Task, read_labels
+from cellstill.condense.problem import CondensationProblem, Task, check_whole, read_labels
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
@@ -91,8 +91,7 @@ class SCDD(RegisteredModel):
         _registry: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, _registry)
-        if not isinstance(seed, int) or seed < 0:
-            raise InvalidArgumentError(f"seed={seed!r} has to be a whole number, at least 0.")
+        check_whole("seed", seed, 0)
         if not 0 < validation_size < 1:
             raise InvalidArgumentError(f"validation_size={validation_size!r} has to be above 0 and below 1.")
         self.latent = latent
@@ -100,11 +99,12 @@ class SCDD(RegisteredModel):
         self.validation_size = validation_size
         self.latent_settings = latent_settings or LatentConfig()
         self.generator_settings = generator_settings or GeneratorConfig()
-        self.seed = seed
+        self.seed = int(seed)
         self.history_: dict[str, pd.DataFrame] = {}
         self._setup = setup_args(self.registry)
         self._space: Space | None = None
         self._problem: CondensationProblem | None = None
+        self._split: tuple[dict[str, np.ndarray], str] | None = None
         self._names: tuple[tuple[str, ...], tuple[Task, ...], np.ndarray] | None = None
         self._model_summary_string = f"SCDD of the labels {self._setup['labels_key']!r}"
 
@@ -239,7 +239,7 @@ class SCDD(RegisteredModel):
             checkpoint=None if checkpoint is None else Path(checkpoint),
             resume=resume,
         )
-        self._problem = problem
+        self._problem, self._split = problem, (problem.rows, problem.fingerprint())
         self._attach(space, (problem.classes, problem.tasks, problem.genes))
         return self
 
@@ -285,6 +285,7 @@ class SCDD(RegisteredModel):
         """
         space, problem = self._require_space(), self.problem
         seed = self.seed if seed is None else seed
+        check_whole("seed", seed, 0)
         found = condense(
             problem, space, samples_per_class, counts=counts, start=start, matching=matching, seed=seed, on_step=on_step
         )
@@ -341,9 +342,9 @@ class SCDD(RegisteredModel):
         classes, tasks, genes = self._known()
         check_option("label", label, classes)
         check_option("counts", counts, [form for form in FORMS if form != "mixed"])
-        if isinstance(n, bool) or n != int(n) or n < 1:
-            raise InvalidArgumentError(f"n={n!r} has to be a whole number, at least 1.")
+        check_whole("n", n, 1)
         seed = self.seed if seed is None else seed
+        check_whole("seed", seed, 0)
         codes = np.full(int(n), classes.index(label))
         noise = torch.randn(
             len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
@@ -390,8 +391,10 @@ class SCDD(RegisteredModel):
             The folder exists, or cannot be written.
         """
         space, (classes, tasks, genes) = self._require_space(), self._known()
-        rows = {f"rows.{name}": part for name, part in self.problem.rows.items()} if self._problem else {}
+        assert self._split is not None
+        parts, cells = self._split
         config = {
+            "cells": cells,
             "setup": self._setup,
             "latent": self._latent_name(),
             "n_top_genes": self.n_top_genes,
@@ -401,6 +404,7 @@ class SCDD(RegisteredModel):
             "tasks": [{"key": t.key, "names": list(t.names), "of_class": t.of_class.tolist()} for t in tasks],
             "space": space_config(space),
         }
+        rows = {f"rows.{name}": part for name, part in parts.items()}
         tensors = {**space_tensors(space), **rows, "genes": names_to_array(genes.tolist())}
         save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
 
@@ -429,6 +433,7 @@ class SCDD(RegisteredModel):
                 Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64)) for t in config["tasks"]
             )
             classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
+            rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
         registry = None
@@ -448,8 +453,8 @@ class SCDD(RegisteredModel):
             _registry=registry,
         )
         model.latent = config["latent"]
+        model._split = rows, cells
         if adata is not None:
-            rows = {name.removeprefix("rows."): part for name, part in tensors.items() if name.startswith("rows.")}
             model._problem = CondensationProblem.from_rows(
                 adata, setup["labels_key"], rows, genes, layer=setup["layer"], donor_key=setup["donor_key"]
             )
@@ -457,6 +462,11 @@ class SCDD(RegisteredModel):
                 raise InvalidArgumentError(
                     f"adata has the classes {list(model._problem.classes)}; the model was trained on {list(classes)}. "
                     "Attach the cells of training, or load without data and generate."
+                )
+            if model._problem.fingerprint() != cells:
+                raise InvalidArgumentError(
+                    "adata has other cells, labels or counts than those of training, or has them in another order. "
+                    "Attach the cells of training as they were, or load without data and generate."
                 )
         model._attach(space, (classes, tasks, genes))
         return model

@@ -18,8 +18,8 @@ def gradient_distance(
     .. math:: \frac1C \sum_c \sum_{\text{layers}} \frac{1}{R} \sum_{\text{rows } r}
         \Big(1 - \cos\big(\nabla_{W_r} L_{real}^c,\; \nabla_{W_r} L_{synthetic}^c\big)\Big)
 
-    Parameters without rows, the biases, are skipped (Zhao, Mopuri & Bilen 2021, Dataset condensation with gradient
-    matching).
+    Parameters without rows, the biases, are skipped, and rows that are zero on both sides do not differ (Zhao, Mopuri
+    & Bilen 2021, Dataset condensation with gradient matching).
 
     Parameters
     ----------
@@ -37,7 +37,9 @@ def gradient_distance(
         wanted = torch.autograd.grad(of_real, matrices)
         found = torch.autograd.grad(of_made, matrices, create_graph=True)
         for one, other in zip(wanted, found, strict=True):
-            total = total + (1 - nnf.cosine_similarity(one.detach(), other, dim=1, eps=1e-12)).mean()
+            moved = (one != 0).any(dim=1) | (other.detach() != 0).any(dim=1)
+            cosine = nnf.cosine_similarity(one.detach(), other, dim=1, eps=1e-12)
+            total = total + ((1 - cosine) * moved).mean()
     return total / len(classes)
 
 
@@ -94,7 +96,7 @@ def outcome_loss(
     """
     unit = made.detach().norm(dim=1).mean().clamp(min=1e-6)
     across, within = _kernel(real / unit, made / unit), _kernel(made / unit, made / unit)
-    ridge = strength * within.diagonal().mean() * torch.eye(len(made), device=made.device)
+    ridge = strength * within.diagonal().mean() * torch.eye(len(made), dtype=made.dtype, device=made.device)
     targets = nnf.one_hot(label, n_classes).to(made.dtype) - 1 / n_classes
     predicted = across @ torch.linalg.solve(within + ridge, targets)
     wanted = nnf.one_hot(real_label, n_classes).to(made.dtype) - 1 / n_classes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,12 +112,13 @@ class CondensationProblem:
         Raises
         ------
         InvalidArgumentError
-            Missing labels, fewer than two classes, or too few donors to split.
+            Missing labels, fewer than two classes, combinations of labels that read alike, or too few donors to split.
         InvalidCountsError
             The layer holds no counts.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         check_unique_genes(adata.var_names)
+        check_counts(adata, layer)
         codes, classes, _ = read_labels(adata, keys)
         donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
         parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
@@ -186,6 +189,15 @@ class CondensationProblem:
         """Number of classes."""
         return len(self.classes)
 
+    def fingerprint(self) -> str:
+        """Hash of the classes of all cells, and of the totals of their counts and of the genes in each part."""
+        found = hashlib.blake2b(digest_size=16)
+        for part in (self.train, self.validation, self.test):
+            totals = [np.asarray(part.counts.sum(axis=axis, dtype=np.float64)).ravel() for axis in (0, 1)]
+            for array in (part.codes.astype(np.int64), *totals):
+                found.update(array.tobytes())
+        return found.hexdigest()
+
     def budget(self, samples_per_class: int) -> np.ndarray:
         """Number of synthetic cells of each class, int64: as many as asked for, but no more than real ones.
 
@@ -194,9 +206,14 @@ class CondensationProblem:
         InvalidArgumentError
             Fewer than 1.
         """
-        if isinstance(samples_per_class, bool) or int(samples_per_class) != samples_per_class or samples_per_class < 1:
-            raise InvalidArgumentError(f"samples_per_class={samples_per_class!r} has to be a whole number, at least 1.")
+        check_whole("samples_per_class", samples_per_class, 1)
         return np.minimum(int(samples_per_class), np.bincount(self.train.codes, minlength=self.n_classes))
+
+
+def check_whole(argument: str, value: object, least: int) -> None:
+    """Raise unless a value is a whole number, and not too small."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InvalidArgumentError(f"{argument}={value!r} has to be a whole number, at least {least}.")
 
 
 def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], tuple[Task, ...]]:
@@ -219,6 +236,12 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
             "a column with at least two categories."
         )
     classes = tuple(" | ".join(known[code] for known, code in zip(names, row, strict=True)) for row in combinations)
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise InvalidArgumentError(
+            f"labels_key={list(keys)}: different combinations of labels are all called {twice!r}. Rename the "
+            "categories that contain ' | '."
+        )
     tasks = tuple(
         Task(key, known, combinations[:, k].astype(np.int64))
         for k, (key, known) in enumerate(zip(keys, names, strict=True))

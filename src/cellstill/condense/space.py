@@ -79,7 +79,8 @@ class Space:
     def library(self, codes: np.ndarray, seed: int | None = None) -> np.ndarray:
         """Library sizes of cells of some classes: their geometric mean, or draws around it with ``seed``."""
         mean, sd = self.log_library[codes].T
-        noise = np.zeros(len(codes)) if seed is None else np.random.default_rng(seed).standard_normal(len(codes))
+        # A stream of its own: counts are drawn from that of the seed itself.
+        noise = np.zeros(len(codes)) if seed is None else np.random.default_rng([seed, 1]).standard_normal(len(codes))
         return np.exp(mean + sd * noise)
 
     def encode(self, cells: LabelledCells) -> torch.Tensor:

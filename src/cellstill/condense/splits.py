@@ -43,7 +43,7 @@ def split_classes(
         Shares out of range, or fewer donors than parts.
     """
     shares = np.array([train_size, validation_size, 1 - train_size - validation_size])
-    if (shares[:2] <= 0).any() or shares[2] < -1e-9:
+    if not ((shares[:2] > 0).all() and shares[2] >= -1e-9):
         raise InvalidArgumentError(
             f"train_size={train_size} and validation_size={validation_size} have to be above 0, and at most 1 "
             "together: some cells train, some choose, and the rest judge."

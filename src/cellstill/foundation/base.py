@@ -56,8 +56,14 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
             f"{argument}={source!r} embeds no cells. Give a key of adata.obsm, or a trained model or encoder with "
             "get_latent_representation(adata)."
         )
-    embedding = np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float32)
-    if embedding.ndim != 2 or len(embedding) != adata.n_obs or not np.isfinite(embedding).all():
+    try:
+        embedding = np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{argument}: {name} holds no numbers ({error}). Give a matrix of numbers."
+        ) from error
+    is_matrix = embedding.ndim == 2 and embedding.shape[0] == adata.n_obs and embedding.shape[1] > 0
+    if not is_matrix or not np.isfinite(embedding).all():
         raise InvalidArgumentError(
             f"{argument}: {name} has shape {embedding.shape} and {int((~np.isfinite(embedding)).sum())} values that "
             f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."

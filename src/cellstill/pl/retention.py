@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from cellstill.errors import InvalidArgumentError, check_option
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("method", "samples_per_class", "seed", "evaluator")
 _N_COLUMNS = 4
+_MARGIN = 1.3
 
 
 def retention_figure(scores: pd.DataFrame, score: str = "retention") -> Figure:
@@ -54,12 +56,22 @@ def retention_figure(scores: pd.DataFrame, score: str = "retention") -> Figure:
         for method, colour in zip(methods, palettes([len(methods)])[0], strict=True):
             seeds = rows[rows["method"] == method].groupby(["samples_per_class", "seed"])[score].mean().unstack()
             mean = seeds.mean(axis=1)
-            spread = [mean - seeds.min(axis=1), seeds.max(axis=1) - mean]
-            axes.errorbar(mean.index, mean, spread, color=colour, marker="o", markersize=3, lw=1.2, label=method)
+            spread = np.stack([mean - seeds.min(axis=1), seeds.max(axis=1) - mean])
+            axes.errorbar(
+                mean.index.to_numpy(),
+                mean.to_numpy(),
+                spread,
+                color=colour,
+                marker="o",
+                markersize=3,
+                lw=1.2,
+                label=method,
+            )
         axes.set_title(title, fontsize="small")
         axes.set_xscale("log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
+        axes.set_xlim(sizes[0] / _MARGIN, sizes[-1] * _MARGIN)
         if score.startswith("retention"):
             axes.axhline(1, color="0.6", lw=0.8, zorder=0)
     for axes in grid[len(panels) :]:

@@ -1,0 +1,545 @@
+"""scDD beside the baselines of dataset condensation, judged by what six classifiers learn of a few cells.
+
+Four real data sets. What is left of all cells' score, how real generated cells look, seconds and memory, and whether
+donors are told. Results are kept one by one in a folder, so that an interrupted run goes on. Prints tables, writes
+``results/condense_baselines.json`` and shows that record in ``README.md``, which says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from _common import (
+    DATA_DIR,
+    HERE,
+    Check,
+    Section,
+    console,
+    environment,
+    run_job,
+    show_checks,
+    show_rows,
+    write_section,
+)
+from _condense_scores import Difference, Scores, closest
+from _condense_store import OURS, START, Store
+from _data import kang, store, stored
+from _readme import update_readme
+from threadpoolctl import threadpool_limits
+
+from cellstill.condense import BASELINES, EVALUATORS, CondensationProblem
+from cellstill.errors import CellstillError, CellstillWarning
+from cellstill.metrics.privacy import membership_inference
+from cellstill.metrics.realism import realism
+
+STRONG = (
+    "kmeans_centroids", "half_centroids", "herding", "random", "dc", "dm", "kmeans_latent", "generator",
+)  # fmt: skip
+SLOW = ("dc", "dm")
+"""Methods that are left out above 10 cells per class."""
+RETAINED = {1: 0.88, 10: 0.96, 50: 0.99}
+PER_CLASS = 50
+"""Generated cells of each class whose realism is measured."""
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A data set with classes to tell apart, and donors to hold out."""
+
+    title: str
+    read: Callable[[Path, bool], ad.AnnData]
+    donor_key: str | None = None
+
+
+SETS = {
+    "mouse_bladder": LabelledSet("Mouse bladder", stored("mouse_bladder")),
+    "onek1k_subset": LabelledSet("OneK1K, donors held out", stored("onek1k_subset"), "donor"),
+    "kang_pbmc": LabelledSet("Kang PBMC, donors held out", kang, "donor"),
+    "pbmc4k_soup": LabelledSet("PBMC 4k", stored("pbmc4k_soup")),
+}
+
+RETENTION_COLUMNS = {
+    "samples_per_class": "per class|d",
+    "method": "method",
+    "n_sets": "sets|d",
+    "n_runs": "runs|d",
+    "retention": "retention|.3f",
+    "retention_of_best": "of best|.3f",
+    "macro_f1": "macro-F1|.3f",
+    "rare_recall": "rare recall|.3f",
+    "worst": "worst evaluator|.3f",
+    "gap": "gap|.3f",
+    "ahead": "ours ahead by|.3f",
+    "low": "low|.3f",
+    "high": "high|.3f",
+    "compression": "compression|.1f",
+    "seconds": "seconds|.1f",
+}
+MEANS = ("retention", "retention_of_best", "macro_f1", "rare_recall", "compression", "seconds")
+EVALUATOR_COLUMNS = {
+    "samples_per_class": "per class|d", "method": "method", **{name: f"{name}|.3f" for name in EVALUATORS},
+}  # fmt: skip
+SET_COLUMNS = {"samples_per_class": "per class|d", "method": "method", **{name: f"{name}|.3f" for name in SETS}}
+MATCHED_COLUMNS = {
+    "set": "data set",
+    "samples_per_class": "per class|d",
+    "seed": "seed|d",
+    "start": "best as it starts|.3f",
+    "matched": "best matched|.3f",
+    "chosen": "chosen",
+    "test_start": "test, as it starts|.3f",
+    "test": "test, chosen|.3f",
+}
+REALISM_COLUMNS = {
+    "set": "data set", "metric": "metric", "synthetic": "generated|.3f", "control": "held-out real|.3f",
+}  # fmt: skip
+COST_COLUMNS = {"what": "what", "value": "measured|.4g", "unit": "unit"}
+PRIVACY_COLUMNS = {
+    "released": "released",
+    "n_cells": "cells|d",
+    "release": "attacked",
+    "attack": "attack",
+    "auroc": "AUROC|.3f",
+    "auroc_low": "low|.3f",
+    "auroc_high": "high|.3f",
+    "tpr": "TPR at 1 % FPR|.3f",
+    "detected": "detected",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    data_dir: Path
+    cache: Path
+    quick: bool
+    sets: tuple[str, ...]
+    methods: tuple[str, ...]
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    threads: int
+    resume: bool
+
+    @property
+    def baselines(self) -> list[str]:
+        """Methods that are not ours."""
+        return [name for name in self.methods if name not in (OURS, START)]
+
+
+@cache
+def store_of(name: str, options: Options) -> Store:
+    """Problem of a data set, and its results."""
+    chosen = SETS[name]
+    adata = chosen.read(options.data_dir, options.quick)
+    problem = CondensationProblem.from_anndata(adata, "cell_type", donor_key=chosen.donor_key)
+    return Store(name, problem, options.cache / ("quick" if options.quick else "full") / name)
+
+
+def stores(options: Options, section: Section) -> dict[str, Store]:
+    """Stores of the data sets that are there."""
+    found = {}
+    for name in options.sets:
+        try:
+            found[name] = store_of(name, options)
+        except FileNotFoundError as error:
+            section.notes.append(f"{name} is skipped: {error}. Set --data-dir or CELLSTILL_DATA_DIR.")
+    if not found:
+        raise FileNotFoundError(f"none of {', '.join(options.sets)} is in {options.data_dir}")
+    return found
+
+
+def wanted(options: Options, size: int) -> list[str]:
+    """Methods to run with a budget."""
+    return [name for name in options.methods if size <= 10 or name not in SLOW]
+
+
+def fill(options: Options, section: Section) -> Scores:
+    """Run what has not been run, seed by seed and budget by budget, and read all results."""
+    known = stores(options, section)
+    for seed in options.seeds if options.resume else ():
+        for size in options.sizes:
+            for name, kept in known.items():
+                for method in wanted(options, size):
+                    try:
+                        if kept.run(method, size, seed):
+                            console.print(f"  {name}: {method}, {size} per class, seed {seed}", style="dim")
+                    except CellstillError as error:
+                        section.notes.append(f"{name}: {method}, {size} per class, seed {seed} failed: {error}")
+    return Scores(
+        {name: kept.evaluation(options.methods, options.sizes, options.seeds) for name, kept in known.items()}
+    )
+
+
+def retention(options: Options) -> Section:
+    """What is left of the score of all cells, beside every baseline."""
+    section = Section("Retention of macro-F1, mean over data sets, evaluators and seeds", RETENTION_COLUMNS)
+    scores = fill(options, section)
+    for size in options.sizes:
+        for method in options.methods:
+            rows = scores.of(method, size)
+            if rows.empty:
+                continue
+            runs = scores.runs(method, size)
+            by_evaluator = rows.groupby(["set", "evaluator"])["retention"].mean().groupby("evaluator").mean()
+            ahead = None if method == OURS else scores.difference(OURS, method, size)
+            section.rows.append(
+                {
+                    "samples_per_class": size,
+                    "method": method,
+                    "n_sets": len({name for name, _ in runs}),
+                    "n_runs": len(runs),
+                    **{key: scores.mean(method, size, key) for key in MEANS},
+                    "worst": float(by_evaluator.min()),
+                    "gap": scores.gap(method, size),
+                    **({} if ahead is None else {"ahead": ahead.value, "low": ahead.low, "high": ahead.high}),
+                }
+            )
+    section.checks = check_retention(scores, options)
+    section.notes += compressions(options, section)
+    section.data = {"sets": list(options.sets), "seeds": list(options.seeds)}
+    show_rows(section)
+    return section
+
+
+def check_retention(scores: Scores, options: Options) -> list[Check]:
+    checks = []
+    for size in options.sizes:
+        runs = scores.runs(OURS, size)
+        note = f"{len({name for name, _ in runs})} sets, {len(runs)} runs"
+        if size in RETAINED:
+            checks.append(
+                Check(f"retention, {size} per class", scores.mean(OURS, size, "retention"), ">=", RETAINED[size], note)
+            )
+        best = closest(scores, OURS, options.baselines, size)
+        if best is not None:
+            name, ahead = best
+            checks.append(
+                Check(f"ahead of the best baseline, {size} per class", ahead.value, ">", 0.0, _interval(name, ahead))
+            )
+            if size <= 10:
+                what = f"lower end of that interval, {size} per class"
+                checks.append(Check(what, ahead.low, ">", 0.0, "paired bootstrap over the test cells of all sets"))
+        if size == 10:
+            for name in SLOW:
+                ahead = scores.difference(OURS, name, size, score="macro_f1")
+                value = None if ahead is None else ahead.value
+                note = "not run" if ahead is None else _interval(name, ahead)
+                checks.append(Check(f"macro-F1 ahead of {name}, {size} per class", value, ">=", 0.08, note))
+        gap = scores.gap(OURS, size)
+        checks.append(Check(f"cross-architecture gap, {size} per class", gap, "<=", 0.03, _GAP))
+        checks.append(_rare(scores, options, size))
+    return checks
+
+
+def _rare(scores: Scores, options: Options, size: int) -> Check:
+    """Recall of rare classes less that of the baseline which has most, over the runs that both have."""
+    found = []
+    for name in options.baselines:
+        runs = scores.runs(OURS, size) & scores.runs(name, size)
+        if runs:
+            ours, other = (scores.mean(method, size, "rare_recall", runs) for method in (OURS, name))
+            found.append((ours - other, name, ours, other))
+    what = f"recall of the rarest quarter, ahead of the best baseline's, {size} per class"
+    if not found:
+        return Check(what, None, ">=", 0.0)
+    ahead, name, ours, other = min(found)
+    return Check(what, ahead, ">=", 0.0, f"{name}: {other:.3f}, ours {ours:.3f}")
+
+
+_GAP = "evaluators that candidates were chosen by, less the others"
+
+
+def _interval(name: str, ahead: Difference) -> str:
+    return f"{name}: [{ahead.low:.3f}, {ahead.high:.3f}], {ahead.n_runs} runs"
+
+
+def compressions(options: Options, section: Section) -> list[str]:
+    """Say where classes are within their budget, so that little or nothing is condensed."""
+    notes = []
+    for name, kept in stores(options, section).items():
+        of_class = np.bincount(kept.problem.train.codes, minlength=kept.problem.n_classes)
+        for size in options.sizes:
+            n_kept = int((of_class <= size).sum())
+            if n_kept:
+                ratio = of_class.sum() / kept.problem.budget(size).sum()
+                notes.append(
+                    f"{name}, {size} per class: {n_kept} of {len(of_class)} classes have no more training cells than "
+                    f"that, which is no compression of them; {ratio:.1f} real cells for each synthetic one in all."
+                )
+    return notes
+
+
+def evaluators(options: Options) -> Section:
+    """Retention by evaluator."""
+    section = Section("Retention by evaluator", EVALUATOR_COLUMNS)
+    section.rows = _pivot(fill(options, section), options, "evaluator")
+    show_rows(section)
+    return section
+
+
+def data_sets(options: Options) -> Section:
+    """Retention by data set."""
+    section = Section("Retention by data set", SET_COLUMNS)
+    section.rows = _pivot(fill(options, section), options, "set")
+    show_rows(section)
+    return section
+
+
+def _pivot(scores: Scores, options: Options, by: str) -> list[dict[str, Any]]:
+    rows = []
+    for size in options.sizes:
+        for method in options.methods:
+            own = scores.of(method, size)
+            if not own.empty:
+                means = own.groupby(["set", by] if by != "set" else "set")["retention"].mean().groupby(by).mean()
+                rows.append({"samples_per_class": size, "method": method, **means.to_dict()})
+    return rows
+
+
+def matched(options: Options) -> Section:
+    """Matched codes beside the same codes as they start, on validation and on test cells."""
+    section = Section("Codes as they start, and matched", MATCHED_COLUMNS)
+    scores = fill(options, section)
+    for name, kept in stores(options, section).items():
+        for size in options.sizes:
+            for seed in options.seeds:
+                choice = kept.choice(size, seed)
+                if choice is None:
+                    continue
+                table = pd.DataFrame(choice)
+                best = table.loc[table["mean"].idxmax()]
+                section.rows.append(
+                    {
+                        "set": name,
+                        "samples_per_class": size,
+                        "seed": seed,
+                        "start": float(table["mean"][table["steps"] == 0].max()),
+                        "matched": float(table["mean"][table["steps"] > 0].max()),
+                        "chosen": f"{best['start']}, {best['steps']} steps, {best['counts']}",
+                        "test": scores.mean(OURS, size, "retention", {(name, seed)}),
+                        "test_start": scores.mean(START, size, "retention", {(name, seed)}),
+                    }
+                )
+    for size in options.sizes:
+        ahead = scores.difference(OURS, START, size) if START in options.methods else None
+        value, note = (None, "") if ahead is None else (ahead.value, _interval(START, ahead))
+        section.checks.append(Check(f"test retention, chosen over unmatched, {size} per class", value, ">=", 0.0, note))
+    show_rows(section)
+    return section
+
+
+def looks(options: Options) -> Section:
+    """Generated cells beside held-out real ones."""
+    section = Section(f"Generated cells, {PER_CLASS} per class", REALISM_COLUMNS)
+    for name, kept in stores(options, section).items():
+        kept.need_space(0)
+        problem = kept.problem
+        made = BASELINES["generator"].condense(problem, PER_CLASS, 0)
+        labels = [np.array(problem.classes)[cells.codes] for cells in (problem.train, made, problem.test)]
+        found = realism(
+            problem.train.counts,
+            made.counts,
+            labels[0],
+            labels[1],
+            control=problem.test.counts,
+            control_labels=labels[2],
+        )
+        section.rows += [{"set": name, "metric": str(key), **row.to_dict()} for key, row in found.iterrows()]
+
+    def mean(metric: str, column: str = "synthetic") -> float | None:
+        values = [row[column] for row in section.rows if row["metric"] == metric]
+        return float(np.mean(values)) if values else None
+
+    def check(metric: str, what: str, relation: str, bound: float) -> Check:
+        control = mean(metric, "control")
+        return Check(what, mean(metric), relation, bound, "" if control is None else f"held-out real: {control:.3f}")
+
+    section.checks = [
+        check("forest_auroc", "AUROC of a forest, real from generated", "<=", 0.80),
+        check("zero_fraction_error", "error of zero fractions", "<=", 0.03),
+        check("gene_correlation_agreement", "correlation of gene-gene correlations", ">=", 0.75),
+        check("within_class_variance_ratio", "variance within classes over the real one", ">=", 0.7),
+        check("within_class_variance_ratio", "variance within classes over the real one", "<=", 1.3),
+    ]
+    show_rows(section)
+    return section
+
+
+def cost(options: Options) -> Section:
+    """Seconds and memory on all cells of OneK1K, in a process of its own."""
+    section = Section("Cost: OneK1K, all cells", COST_COLUMNS)
+    adata = SETS["onek1k_subset"].read(options.data_dir, options.quick)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "onek1k_subset.h5ad"
+        section.data = store(adata, path)
+        numbers: dict[str, Any] = {}
+        settings: Mapping[str, Any]
+        for method, settings in (
+            ("whole", {"samples_per_class": 10}),
+            ("steps", {"samples_per_class": 10, "repeats": 3 if options.quick else 10}),
+        ):
+            job = {"module": "_condense_methods", "method": method, "data": str(path), "batch_key": "batch", "seed": 0}
+            result = run_job({**job, "settings": settings, "warm_up": False}, threads=options.threads)
+            if result.error is not None:
+                section.notes.append(f"{method} failed: {result.error}")
+            numbers |= result.numbers
+
+    def ratio(name: str) -> float | None:
+        ten, one = numbers.get(f"{name}_10_ms"), numbers.get(f"{name}_1_ms")
+        return ten / one if ten and one else None
+
+    shown = {
+        "train_seconds": ("latent space and generator", "s"),
+        "train_cpu_seconds": ("latent space and generator, of CPUs", "s"),
+        "condense_seconds": ("condensing, 10 per class", "s"),
+        "condense_cpu_seconds": ("condensing, 10 per class, of CPUs", "s"),
+        "peak_gb": ("highest memory, with children", "GB"),
+        "backward_1_ms": ("through the one-step generator and back", "ms"),
+        "backward_10_ms": ("through ten steps and back", "ms"),
+        "matching_1_ms": ("a step of matching", "ms"),
+        "matching_10_ms": ("a step of matching through ten steps", "ms"),
+    }
+    section.rows = [
+        {"what": what, "value": numbers[key], "unit": unit} for key, (what, unit) in shown.items() if key in numbers
+    ]
+    section.checks = [
+        Check("seconds of latent space and generator", numbers.get("train_seconds"), "<=", 360),
+        Check("seconds of condensing", numbers.get("condense_seconds"), "<=", 360),
+        Check("highest memory, GB", numbers.get("peak_gb"), "<=", 3, "resident, of the process and its children"),
+        Check("ten steps over one, through the generator and back", ratio("backward"), ">=", 5),
+        Check("ten steps over one, whole step of matching", ratio("matching"), ">=", 1.8),
+    ]
+    show_rows(section)
+    return section
+
+
+def privacy(options: Options) -> Section:
+    """Whether the cells tell which donors they were made of."""
+    section = Section("Membership inference of donors, OneK1K", PRIVACY_COLUMNS)
+    kept = store_of("onek1k_subset", options)
+    problem = kept.problem
+    obs = SETS["onek1k_subset"].read(options.data_dir, options.quick).obs["donor"].astype(str).to_numpy()
+    donors = {part: obs[rows] for part, rows in problem.rows.items()}
+    parts = (problem.train, problem.validation, problem.test)
+    real = sp.vstack([part.counts for part in parts], format="csr")
+    released = {}
+    for size in options.sizes:
+        cells = kept.cells(size, 0)
+        if cells is not None:
+            released[f"condensed, {size} per class"] = cells
+    kept.need_space(0)
+    for size in (PER_CLASS, 10 * PER_CLASS):
+        released[f"generated, {size} per class"] = BASELINES["generator"].condense(problem, size, 0)
+    for name, cells in released.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CellstillWarning)
+            found = membership_inference(
+                cells.counts,
+                real,
+                np.concatenate([donors[part] for part in ("train", "validation", "test")]),
+                members=np.unique(donors["train"]),
+                reference=np.unique(donors["validation"]),
+            )
+        section.notes += [f"{name}: {warning.message}" for warning in caught]
+        for row in found.to_dict(orient="records"):
+            section.rows.append({"released": name, "n_cells": len(cells), **row, "detected": str(row["detected"])})
+    for name in released:
+        own = [row for row in section.rows if row["released"] == name]
+        if any(row["detected"] == "True" for row in own if row["release"] == "positive_control"):
+            lowest = max(row["auroc_low"] for row in own if row["release"] == "synthetic")
+            section.checks.append(
+                Check(f"lower end of AUROC, {name}", lowest, "<=", 0.5, "the positive control is detected")
+            )
+    show_rows(section)
+    return section
+
+
+SECTIONS: dict[str, Callable[[Options], Section]] = {
+    "retention": retention,
+    "evaluators": evaluators,
+    "data_sets": data_sets,
+    "matched": matched,
+    "realism": looks,
+    "cost": cost,
+    "privacy": privacy,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--sets", nargs="+", choices=SETS, metavar="SET", help=f"some of: {', '.join(SETS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[OURS, START, *BASELINES],
+        metavar="METHOD",
+        help=f"beside {OURS}, some of: {', '.join([START, *BASELINES])} (default: {START} and the strong baselines)",
+    )
+    parser.add_argument("--samples-per-class", nargs="+", type=int, metavar="N", help="budgets (default: 1 10 50)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds (default: 0 1 2)")
+    parser.add_argument("--quick", action="store_true", help="few cells, two sets, one seed; no record")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs (default: 2)")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the real data sets")
+    parser.add_argument("--cache", type=Path, help="folder of single results (default: one for each user)")
+    parser.add_argument("--tables-only", action="store_true", help="run no method: tables of the results there are")
+    parser.add_argument(
+        "--out", type=Path, help="JSON to write sections into (default: results/condense_baselines.json)"
+    )
+    chosen = parser.parse_args(arguments)
+    out = chosen.out or (None if chosen.quick else HERE / "results" / "condense_baselines.json")
+    warnings.simplefilter("ignore", CellstillWarning)
+    torch.set_num_threads(chosen.threads)
+    quick_sets = ("mouse_bladder", "onek1k_subset")
+    options = Options(
+        data_dir=chosen.data_dir,
+        cache=chosen.cache or Path(tempfile.gettempdir()) / "cellstill_condense_baselines",
+        quick=chosen.quick,
+        sets=tuple(chosen.sets or (quick_sets if chosen.quick else SETS)),
+        methods=tuple(dict.fromkeys([OURS, *(chosen.methods or (START, *STRONG))])),
+        sizes=tuple(chosen.samples_per_class or ((1, 10) if chosen.quick else (1, 10, 50))),
+        seeds=tuple(chosen.seeds or ((0,) if chosen.quick else (0, 1, 2))),
+        threads=chosen.threads,
+        resume=not chosen.tables_only,
+    )
+    checks: list[Check] = []
+    with threadpool_limits(chosen.threads):
+        for name in chosen.only or SECTIONS:
+            described = environment(chosen.threads)
+            try:
+                section = SECTIONS[name](options)
+            except FileNotFoundError as error:
+                console.print(f"[yellow]{name} is skipped:[/] {error}. Set --data-dir or CELLSTILL_DATA_DIR.")
+                continue
+            section.notes = list(dict.fromkeys(section.notes))
+            for note in section.notes:
+                console.print(note, style="yellow", markup=False)
+            if section.checks:
+                show_checks(section.checks)
+            checks += section.checks
+            if out is not None:
+                write_section(out, name, section, described | {"seeds": list(options.seeds)})
+                if chosen.out is None:
+                    update_readme(HERE / "README.md", out)
+    missed = [check.what for check in checks if check.passed is False]
+    unknown = sum(check.passed is None for check in checks)
+    console.print(f"{len(checks)} bounds: {len(missed)} missed, {unknown} not measured. {'; '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What condensed cells are worth: test cells that are set aside first, and classifiers that predict them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cellstill.condense import BASELINES, CondensationProblem, Evaluation, LabelledCells, evaluate
+from cellstill.condense.choice import JUDGES
+from cellstill.condense.problem import _warn_about_small_classes, read_labels
+from cellstill.condense.splits import split_classes
+from cellstill.data.covariates import obs_column
+from cellstill.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from rich.table import Table
+
+OURS = "scdd"
+"""Name of our method in tables."""
+
+_COLUMNS = {
+    "retention": "retention",
+    "retention_sd": "sd",
+    "macro_f1": "macro-F1",
+    "rare_recall": "rare",
+    "seconds": "seconds",
+}
+
+
+def hold_out(
+    adata: AnnData, keys: Sequence[str], donor_key: str | None, test_size: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split off test cells, within each class or by donor, before anything else is done.
+
+    Returns
+    -------
+    Sorted positions of the cells to condense, and of those to test with.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Fewer than three donors, or donors without whom a class has no cell to condense.
+    """
+    codes, classes, _ = read_labels(adata, keys)
+    donors = None
+    if donor_key is not None:
+        donors = obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        names = np.unique(donors)
+        if len(names) < 3:
+            raise InvalidArgumentError(
+                f"donor_key={donor_key!r} has {len(names)} donors ({', '.join(names)}); an evaluation takes 3 at "
+                "least, one to learn from, one to choose and one to judge. Leave --donor-key or --evaluate out."
+            )
+    parts = split_classes(codes, donors, train_size=1 - test_size, validation_size=test_size, seed=seed)
+    rest, test = parts["train"], parts["validation"]
+    if not len(test):
+        raise InvalidArgumentError("Every class has one cell, so that no test cell can be set aside.")
+    _warn_about_small_classes(codes, classes, {"train": rest, "test": test})
+    return rest, test
+
+
+def cells_of(adata: AnnData, problem: CondensationProblem) -> LabelledCells:
+    """Counts and classes of synthetic cells."""
+    known = np.stack([task.of_class for task in problem.tasks], axis=1)
+    code_of = {tuple(row): code for code, row in enumerate(known.tolist())}
+    named = [pd.Index(task.names).get_indexer(pd.Index(adata.obs[task.key].astype(str))) for task in problem.tasks]
+    codes = [code_of[row] for row in zip(*(column.tolist() for column in named), strict=True)]
+    return LabelledCells(adata.X, np.array(codes, dtype=np.int64))
+
+
+def evaluate_condensed(
+    problem: CondensationProblem,
+    make: Callable[[int], AnnData],
+    *,
+    samples_per_class: int,
+    baselines: Sequence[str],
+    evaluators: Sequence[str],
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+) -> tuple[Evaluation, AnnData]:
+    """Score ours and baselines on the test cells of a problem.
+
+    Parameters
+    ----------
+    problem
+        With test cells; its training and validation cells are those that ``make`` uses.
+    make
+        From a seed to synthetic cells.
+    samples_per_class, baselines, evaluators, seeds
+        See :func:`~cellstill.condense.evaluate.evaluate`; no evaluators stand for all.
+    say
+        Told which method runs.
+
+    Returns
+    -------
+    The evaluation, and our cells of the first seed.
+    """
+    made: list[AnnData] = []
+
+    def ours(_: CondensationProblem, size: int, seed: int) -> LabelledCells:
+        cells = make(seed)
+        if not made:
+            made.append(cells)
+        return cells_of(cells, problem)
+
+    def told(name: str, method: Any) -> Any:
+        def run(problem: CondensationProblem, size: int, seed: int) -> LabelledCells:
+            say(f"{name}, seed {seed}")
+            return method(problem, size, seed)
+
+        return run
+
+    methods = {OURS: ours, **{name: BASELINES[name].condense for name in baselines}}
+    say("training on all cells")
+    evaluation = evaluate(
+        problem,
+        {name: told(name, method) for name, method in methods.items()},
+        samples_per_class=[samples_per_class],
+        seeds=seeds,
+        evaluators=list(evaluators) or None,
+        trained_with={OURS: JUDGES},
+    )
+    return evaluation, made[0]
+
+
+def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
+    """Return a form that JSON can hold."""
+    return {
+        "n_test": len(evaluation.problem.test),
+        "evaluators": list(evaluation.evaluators),
+        "methods": evaluation.summary().to_dict(orient="records"),
+        "all_cells": evaluation.full_scores.to_dict(orient="records"),
+        "differences": evaluation.compare(OURS).to_dict(orient="records"),
+    }
+
+
+def evaluation_tables(evaluation: Evaluation) -> list[tuple[str, Table]]:
+    """Lay out for a terminal: a title and a table of methods for each task, best retention first.
+
+    ``sd`` is that of retention over seeds, ``rare`` the recall of the rarest quarter of the classes.
+    """
+    from rich.table import Table
+
+    summary, full = evaluation.summary(), evaluation.full_scores
+    differences = evaluation.compare(OURS).set_index(["task", "baseline"])
+    found = []
+    for task in summary["task"].unique():
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        for name in (*_COLUMNS.values(), "scdd is ahead by"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for _, row in summary[summary["task"] == task].iterrows():
+            method = row["method"]
+            cells = [_number(row[column], "{:.1f}" if column == "seconds" else "{:.3f}") for column in _COLUMNS]
+            ahead = ""
+            if method != OURS and (difference := differences.loc[(task, method)]).notna().all():
+                ahead = "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference[["difference", "low", "high"]])
+            table.add_row(f"[bold]{method}[/]" if method == OURS else method, *cells, ahead)
+        reached = full.loc[full["task"] == task, "macro_f1"].mean()
+        title = (
+            f"{task}: {len(evaluation.problem.test):,} test cells, {len(evaluation.evaluators)} evaluators, which "
+            f"reach a macro-F1 of {reached:.3f} with all cells"
+        )
+        found.append((title, table))
+    return found
+
+
+def _number(value: float, form: str) -> str:
+    return "" if pd.isna(value) else form.format(value)

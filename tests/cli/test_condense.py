@@ -1,0 +1,394 @@
+"""`cellstill condense`: what it writes is what the library computes; nothing of the test cells gets in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from sklearn.metrics import f1_score
+
+from cellstill import SCDD
+from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
+from cellstill.condense import CondensationProblem, MatchingConfig, get_evaluators
+from cellstill.condense.cells import LabelledCells
+from cellstill.data.expression import log_expression
+from cellstill.errors import InvalidArgumentError
+from cellstill.io.store import load_store
+
+SMALL = ["--n-latent", "4", "--n-hidden", "16", "--max-epochs", "3", "--generator-steps", "20"]
+QUICK = [*SMALL, "--matching-steps", "0", "--start", "centroids", "--counts", "expected"]
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave out figures and metrics of cells, which take longer than all the rest; one test has them."""
+
+    def draw(folder, *args, **kwargs):
+        folder.mkdir()
+        return 0
+
+    monkeypatch.setattr(_condensed_likeness, "draw_condensed", draw)
+    monkeypatch.setattr(_condensed_likeness, "compare", lambda *args: None)
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_is_written_is_what_the_model_gives(cellstill, cells, write, here):
+    cells.layers["counts"] = cells.X.copy()
+    cells.X = cells.X.log1p()
+    path = write(cells)
+    before = digest(path)
+    args = ["--label-key", "cell_type", "--label-key", "condition", "--layer", "counts", "--spc", "3", *SMALL]
+    result = cellstill("condense", path, *args, "--start", "centroids", "--counts", "rounded", "--matching-steps", "4")
+    assert result.exit_code == 0, result.stderr
+    assert digest(path) == before
+    folder = here / "in_cellstill_condensed"
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", folder.name]
+    assert sorted(p.name for p in folder.iterdir()) == ["condensed.h5ad", "figures", "model", "summary.json"]
+    names = [
+        "generated_mean_variance",
+        "generated_zeros",
+        "genes",
+        "mean_variance",
+        "training",
+        "umap",
+        "umap_2",
+        "zeros",
+    ]
+    found = sorted(p.name for p in (folder / "figures").iterdir())
+    assert found == [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
+    assert all((folder / "figures" / name).stat().st_size > 1000 for name in found)
+
+    tiny = ad.read_h5ad(folder / "condensed.h5ad")
+    assert tiny.shape == (18, 60)
+    assert tiny.obs.groupby(["cell_type", "condition"], observed=True).size().tolist() == [3] * 6
+    assert sp.issparse(tiny.X)
+    assert (tiny.X.data == np.round(tiny.X.data)).all()
+    assert tiny.obsm["X_scdd"].shape == (18, 4)
+    model = SCDD.load(folder / "model", ad.read_h5ad(path))
+    again = model.condense(3, start="centroids", counts="rounded", matching=MatchingConfig(n_steps=4))
+    assert (again.X != tiny.X).nnz == 0
+    pd.testing.assert_frame_equal(again.obs, tiny.obs)
+
+    summary = summary_of(folder)
+    assert summary["cells"] == {
+        "train": len(model.problem.train),
+        "validation": len(model.problem.validation),
+        "test": 0,
+    }
+    assert sum(summary["cells"].values()) == 240
+    size = summary["condensed"]
+    assert size["n_synthetic"] == 18
+    assert size["compression"] == pytest.approx(summary["cells"]["train"] / 18)
+    assert {name: each["synthetic"] for name, each in size["classes"].items()} == dict.fromkeys(model.classes, 3)
+    assert sum(each["real"] for each in size["classes"].values()) == summary["cells"]["train"]
+    assert summary["provenance"] == json.loads(tiny.uns["scdd"]["provenance"])
+    assert [row["steps"] for row in summary["choice"]] == [0, 0, 1, 1, 4, 4]
+    best = max(row["mean"] for row in summary["choice"])
+    assert summary["validation"]["condensed"] == pytest.approx(best)
+    assert f"{best:.3f} there" in result.stdout
+    told = model.problem.validation
+    forest = get_evaluators(["forest"])[0].fit(model.problem.train, 6, 0).predict(told.expression())
+    all_cells = summary["validation"]["by_judge"]["all_cells"]["forest"]
+    assert all_cells == pytest.approx(f1_score(told.codes, forest, average="macro"))
+    realism = summary["realism"]
+    assert set(realism) == {"generated"}
+    assert 0.5 < realism["generated"]["forest_auroc"]["synthetic"] <= 1
+    assert abs(realism["generated"]["forest_auroc"]["control"] - 0.5) < 0.15
+    assert summary["evaluation"] is None
+    assert set(summary["seconds"]) == {
+        "load",
+        "read",
+        "check",
+        "train",
+        "condense",
+        "compare",
+        "draw",
+        "write",
+        "total",
+    }
+    assert summary["input"]["counts"] == "layers/counts"
+    assert "6 of 6" not in result.stderr
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_evaluation_is_of_cells_that_nothing_was_made_of(cellstill, cells, write, here, monkeypatch):
+    cells.obs["donor"] = [f"d{i % 8}" for i in range(cells.n_obs)]
+    # Labels that cannot be learned by heart, so that scores tell which cells were learned from.
+    wrong = np.random.default_rng(0).permutation(cells.n_obs)[:80]
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(str)
+    cells.obs.loc[cells.obs_names[wrong], "cell_type"] = np.roll(cells.obs["cell_type"].iloc[wrong], 1)
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype("category")
+    path = write(cells)
+    seen = []
+    build = _condensation.build_model
+    monkeypatch.setattr(
+        _condensation, "build_model", lambda adata, *rest: seen.append(adata.obs.copy()) or build(adata, *rest)
+    )
+    judges = ["--evaluator", "forest", "--evaluator", "logistic"]
+    args = ["--label-key", "cell_type", "--donor-key", "donor", "--spc", "4", "--seeds", "2", "--baseline", "random"]
+    result = cellstill("condense", path, "--evaluate", *args, *judges, *QUICK, "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    folder = here / "out"
+    assert {"retention.png", "retention.pdf"} <= {p.name for p in (folder / "figures").iterdir()}
+
+    (used,) = seen
+    is_test = ~cells.obs_names.isin(used.index)
+    summary = summary_of(folder)
+    assert summary["cells"]["test"] == summary["evaluation"]["n_test"] == is_test.sum() > 0
+    assert not set(cells.obs["donor"][is_test]) & set(used["donor"])
+    scores = pd.read_csv(folder / "evaluation.csv")
+    assert set(scores["method"]) == {"scdd", "random"}
+    assert len(scores) == 2 * 2 * 2
+
+    tiny = ad.read_h5ad(folder / "condensed.h5ad")
+    test = cells[is_test]
+    genes = test.var_names.get_indexer(tiny.var_names)
+    learned = cells[used.index[load_store(folder / "model", "SCDD")[0]["rows.train"]]]
+    assert len(learned) == summary["cells"]["train"]
+    truth = test.obs["cell_type"].cat.codes.to_numpy()
+    full = pd.DataFrame(summary["evaluation"]["all_cells"])
+    for name in ("forest", "logistic"):
+        of = {}
+        for source, x, obs in (("scdd", tiny.X, tiny.obs), ("all", learned.X[:, genes], learned.obs)):
+            codes = obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
+            fitted = get_evaluators([name])[0].fit(LabelledCells(sp.csr_matrix(x, dtype=np.float32), codes), 3, 0)
+            of[source] = f1_score(truth, fitted.predict(log_expression(test.X[:, genes])), average="macro")
+        row = scores.query("method == 'scdd' and seed == 0 and evaluator == @name").iloc[0]
+        assert row["macro_f1"] == pytest.approx(of["scdd"])
+        assert full.query("seed == 0 and evaluator == @name").iloc[0]["macro_f1"] == pytest.approx(of["all"])
+        assert row["retention"] == pytest.approx(of["scdd"] / of["all"])
+    mean = scores.groupby("method")["retention"].mean()
+    for row in summary["evaluation"]["methods"]:
+        assert row["retention"] == pytest.approx(mean[row["method"]])
+        assert f"{row['retention']:.3f}" in result.stdout
+    (difference,) = summary["evaluation"]["differences"]
+    assert difference["difference"] == pytest.approx(mean["scdd"] - mean["random"])
+    assert difference["low"] <= difference["difference"] <= difference["high"]
+    assert f"{difference['difference']:+.3f} (" in result.stdout
+
+
+def test_cells_set_aside(cells):
+    cells.obs["donor"] = [f"d{i % 5}" for i in range(cells.n_obs)]
+    rest, test = _condensed_evaluation.hold_out(cells, ["cell_type"], None, 0.2, 0)
+    assert np.array_equal(np.sort(np.concatenate([rest, test])), np.arange(cells.n_obs))
+    sizes = cells.obs["cell_type"].value_counts()
+    share = cells.obs["cell_type"].iloc[test].value_counts() / sizes
+    assert (abs(share - 0.2) < 1 / sizes).all()
+    rest, test = _condensed_evaluation.hold_out(cells, ["cell_type"], "donor", 0.2, 0)
+    assert cells.obs["donor"].iloc[test].nunique() == 1
+    assert cells.obs["donor"].iloc[rest].nunique() == 4
+    assert not set(cells.obs["donor"].iloc[test]) & set(cells.obs["donor"].iloc[rest])
+    with pytest.raises(InvalidArgumentError, match="no test cell"):
+        _condensed_evaluation.hold_out(
+            cells[np.unique(cells.obs["cell_type"], return_index=True)[1]], ["cell_type"], None, 0.2, 0
+        )
+
+
+def test_real_cells_and_control_are_two_halves(cells):
+    of = cells.obs["cell_type"].astype(str).to_numpy()
+    of[0], of[1:6] = "lonely", "rare"
+    cells.obs["cell_type"] = of
+    problem = CondensationProblem.from_anndata(cells, "cell_type", train_size=0.85, validation_size=0.15)
+    sizes = np.bincount(problem.train.codes)
+    assert problem.classes[:2] == ("lonely", "rare")
+    assert sizes[:2].tolist() == [1, 4]
+    made = problem.train[np.flatnonzero(problem.train.codes != 2)]
+    real, synthetic, control = _condensed_likeness.matched(problem, made, 0)
+    wanted = [0, 2, 0, *(sizes[3:] // 2)]
+    assert [np.bincount(part.codes, minlength=5).tolist() for part in (real, synthetic, control)] == [wanted] * 3
+    rows = [{row.tobytes() for row in part.counts.toarray()} for part in (real, control, problem.train)]
+    assert not rows[0] & rows[1]
+    assert rows[0] | rows[1] <= rows[2]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_rare_classes_are_kept_and_said(cellstill, cells, write, here):
+    of = cells.obs["cell_type"].astype(str).to_numpy()
+    of[0], of[1:5] = "lonely", "rare"
+    cells.obs["cell_type"] = of
+    result = cellstill("condense", write(cells), "--label-key", "cell_type", "--spc", "6", *QUICK, "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    warning = " ".join(result.stderr.split())
+    assert "2 of 5 classes have fewer than --spc 6 cells to learn from" in warning
+    assert "lonely (1), rare (3)" in warning
+    assert "synthesised from a single cell" in warning
+    assert "no compression" not in warning
+    found = ad.read_h5ad(here / "out" / "condensed.h5ad").obs["cell_type"].value_counts()
+    assert found.to_dict() == {"lonely": 1, "rare": 3, "type_0": 6, "type_1": 6, "type_2": 6}
+    assert summary_of(here / "out")["warnings"] == [
+        line.removeprefix("warning: ") for line in result.stderr.splitlines()
+    ]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_seed_gives_the_same_file(cellstill, cells, write, here):
+    path = write(cells)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        args = ["--label-key", "cell_type", "--spc", "2", "--seed", seed, "--out", name]
+        assert cellstill("condense", path, *args, *QUICK).exit_code == 0
+    assert digest(here / "a" / "condensed.h5ad") == digest(here / "b" / "condensed.h5ad")
+    assert digest(here / "a" / "condensed.h5ad") != digest(here / "c" / "condensed.h5ad")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
+    path = write(cells)
+    args = ["condense", path, "--label-key", "cell_type", "--spc", "2", *QUICK]
+    assert cellstill(*args, "--out", "whole").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("cellstill.condense.space.fit_generator", lambda *a, **k: sys.exit(143))
+        stopped = cellstill(*args, "--out", "out")
+    assert stopped.exit_code == 143
+    assert "with --resume goes on from there" in stopped.stderr
+    assert "nothing was written" in stopped.stderr
+    kept = here / ".out.checkpoint"
+    assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad", "whole"]
+    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+
+    refused = cellstill(*args, "--out", "out")
+    assert refused.exit_code == 1
+    assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
+    other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
+    assert other.exit_code == 1
+    assert "belongs to another run" in other.stderr
+    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+    assert not (here / "out").exists()
+
+    assert cellstill(*args, "--out", "out", "--resume").exit_code == 0
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out", "whole"]
+    assert digest(here / "out" / "condensed.h5ad") == digest(here / "whole" / "condensed.h5ad")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_overwriting_starts_afresh(cellstill, cells, write, here):
+    (here / ".out.checkpoint").mkdir()
+    (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert "is not a checkpoint, or damaged" in cellstill(*args, "--resume").stderr
+    assert cellstill(*args, "--overwrite").exit_code == 0
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
+
+
+def test_a_stopped_process_leaves_its_training_only(cells, write, here):
+    path = write(cells)
+    program = Path(sys.executable).with_name("cellstill")
+    args = ["condense", path, "--label-key", "cell_type", "--max-epochs", "100000", "--out", "out"]
+    process = subprocess.Popen([program, *args], cwd=here, stderr=subprocess.PIPE, text=True)
+    kept = here / ".out.checkpoint"
+    for _ in range(1200):
+        if (kept / "latent.ckpt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: nothing was written."
+    assert "--resume" in err
+    assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad"]
+
+
+def unlabelled(cells):
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
+    cells.obs.loc[cells.obs_names[3:6], "cell_type"] = np.nan
+
+
+def one_class(cells):
+    cells.obs["cell_type"] = "B"
+
+
+def two_donors(cells):
+    cells.obs["donor"] = [f"d{i % 2}" for i in range(cells.n_obs)]
+
+
+def one_donor(cells):
+    cells.obs["donor"] = "d0"
+
+
+def missing_donor(cells):
+    cells.obs["donor"] = [np.nan, *["d0", "d1"] * 119, "d0"]
+
+
+def donors_are_classes(cells):
+    cells.obs["donor"] = cells.obs["cell_type"].astype(str)
+
+
+def no_counts(cells):
+    cells.X = cells.X.log1p()
+
+
+def nothing(cells):
+    pass
+
+
+BAD = {
+    "unlabelled": (unlabelled, [], ["--label-key: adata.obs['cell_type'] is missing for 3 of 240", "remove them"]),
+    "one_class": (one_class, [], ["--label-key cell_type: all cells are labelled 'B'", "at least two categories"]),
+    "no_such_label": (nothing, ["--label-key", "x"], ["--label-key x is not in adata.obs", "'cell_type'"]),
+    "label_twice": (nothing, ["--label-key", "cell_type"], ["several different"]),
+    "no_such_donor": (nothing, ["--donor-key", "x"], ["--donor-key x is not in adata.obs"]),
+    "one_donor": (one_donor, ["--donor-key", "donor"], ["--donor-key has 1 donors (d0); 2 at least", "to split cells"]),
+    "missing_donor": (missing_donor, ["--donor-key", "donor"], ["--donor-key: adata.obs['donor'] is missing for 1"]),
+    "two_donors_to_evaluate": (
+        two_donors,
+        ["--donor-key", "donor", "--evaluate"],
+        ["--donor-key donor has 2 donors (d0, d1)", "3 at least", "Leave --donor-key or --evaluate out"],
+    ),
+    "donors_are_classes": (donors_are_classes, ["--donor-key", "donor"], ["No training cell is left of the classes"]),
+    "no_such_layer": (nothing, ["--layer", "x"], ["--layer x is not in adata.layers"]),
+    "no_counts": (no_counts, [], ["counts"]),
+    "no_such_embedding": (nothing, ["--obsm-key", "x"], ["--obsm-key x is not in adata.obsm"]),
+    "one_gene": (nothing, ["--n-top-genes", "1"], ["--n-top-genes 1 has to be at least 2, or 0 for all genes"]),
+    "no_such_baseline": (nothing, ["--evaluate", "--baseline", "x"], ["--baseline x is not known", "'herding'"]),
+    "no_such_evaluator": (nothing, ["--evaluate", "--evaluator", "x"], ["--evaluator x is not known", "'forest'"]),
+    "own_folder": (nothing, ["--out", "."], ["lies in the output folder"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(cellstill, cells, write, here, case):
+    spoil, args, remedy = BAD[case]
+    spoil(cells)
+    path = write(cells)
+    result = cellstill("condense", path, "--label-key", "cell_type", *args)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("warning: "))
+    assert line.startswith("error: ")
+    for words in remedy:
+        assert words in line
+    assert [p.name for p in here.iterdir()] == ["in.h5ad"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--label-key", "a", "--spc", "0"],
+        ["--label-key", "a", "--counts", "x"],
+        ["--label-key", "a", "--baseline", "random"],
+        ["--label-key", "a", "--seeds", "2"],
+        ["--label-key", "a", "--evaluate", "--test-size", "1"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_touch_nothing(cellstill, here, args):
+    assert cellstill("condense", "in.h5ad", *args).exit_code == 2
+    assert list(here.iterdir()) == []

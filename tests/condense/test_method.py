@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+from cellstill.condense import shared
+from cellstill.condense.baselines import BASELINES
+from cellstill.condense.baselines import latent as latent_module
+from cellstill.condense.baselines.latent import kmeans_latent, text_distill
+from cellstill.condense.cells import LabelledCells
+from cellstill.condense.evaluate import evaluate
+from cellstill.condense.generator import GeneratorConfig
+from cellstill.condense.latent import LatentConfig
+from cellstill.condense.matching import MatchingConfig
+from cellstill.condense.method import TRAINED_WITH, Variant, scdd
+from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.shared import share_space, shared_space
+from cellstill.condense.space import fit_space
+
+LATENT = ("kmeans_latent", "generator", "text_distill")
+SMALL = {
+    "latent": LatentConfig(n_latent=8, n_hidden=32, max_epochs=40, batch_size=16),
+    "generator": GeneratorConfig(n_hidden=32, n_steps=150, n_tuning_steps=40),
+}
+
+
+def make_problem(seed: int = 0) -> CondensationProblem:
+    """Three classes with fifteen marker genes each, the smallest of eight cells."""
+    rng = np.random.default_rng(seed)
+    kind = np.repeat(np.arange(3), [70, 60, 8])
+    rate = np.full((len(kind), 60), 0.4)
+    for k in range(3):
+        rate[np.ix_(kind == k, np.arange(15 * k, 15 * k + 15))] = 2.5
+    obs = pd.DataFrame({"cell_type": np.array(["a", "b", "c"])[kind]}, index=[f"c{i}" for i in range(len(kind))])
+    return CondensationProblem.from_anndata(AnnData(rng.poisson(rate).astype(np.float32), obs=obs), "cell_type")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A problem, and its small space in place of the one of default settings."""
+    problem = make_problem()
+    space = fit_space(problem, **SMALL, seed=0)
+    shared._spaces[problem] = {(0, LatentConfig(), GeneratorConfig()): space}
+    share_space(problem, 0, space)
+    return problem, space
+
+
+@pytest.mark.parametrize("samples_per_class", [1, 3, 1000], ids=["one", "some", "more_than_there_are"])
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_baselines_keep_the_budget(trained, name, samples_per_class):
+    problem, _ = trained
+    state = torch.get_rng_state()
+    cells = BASELINES[name].condense(problem, samples_per_class, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.bincount(cells.codes, minlength=3), problem.budget(samples_per_class))
+    assert np.isfinite(cells.counts.data).all()
+    assert (cells.counts.data > 0).all()
+    assert (cells.counts.sum(axis=1) > 0).all()
+    again = BASELINES[name].condense(problem, samples_per_class, 0)
+    assert (cells.counts != again.counts).nnz == 0
+    if name == "generator":
+        assert (cells.counts.data == np.round(cells.counts.data)).all()
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_baselines_make_cells_of_their_class(trained, name):
+    """Each class's markers are what its cells have most of."""
+    problem, _ = trained
+    cells = BASELINES[name].condense(problem, 5, 0)
+    marker = np.array([int(gene) // 15 for gene in problem.genes])
+    for code in range(3):
+        mean = np.asarray(cells.counts[cells.codes == code].mean(axis=0)).ravel()
+        of_block = [mean[marker == k].mean() for k in range(4)]
+        assert np.argmax(of_block) == code
+
+
+def test_one_centroid_of_a_class_is_its_decoded_mean(trained):
+    problem, space = trained
+    z = space.encode(problem.train)
+    mean = torch.stack([z[torch.from_numpy(problem.train.of_class(code))].mean(dim=0) for code in range(3)])
+    with torch.inference_mode():
+        share = torch.expm1(space.autoencoder.expect(mean)).numpy()
+    made = kmeans_latent(problem, 1, 0).counts.toarray()
+    np.testing.assert_allclose(
+        made / made.sum(axis=1, keepdims=True), share / share.sum(axis=1, keepdims=True), rtol=1e-4
+    )
+
+
+def test_features_come_closer_to_the_moments_of_their_class(trained, monkeypatch):
+    """Mean z of matched cells is nearer to that of the class than the mean of the real cells they start from."""
+    problem, space = trained
+    found = {}
+    render = type(space).render
+
+    def keep(self, rendering, z, codes, seed=0):
+        found["z"] = z
+        return render(self, rendering, z, codes, seed)
+
+    monkeypatch.setattr(type(space), "render", keep)
+    true = space.encode(problem.train)
+    true = torch.stack([true[torch.from_numpy(problem.train.of_class(code))].mean(dim=0) for code in (0, 1)])
+    off = []
+    for n_steps in (0, 200):
+        monkeypatch.setattr(latent_module, "N_STEPS", n_steps)
+        codes = text_distill(problem, 3, 0).codes
+        of_class = [torch.from_numpy(np.flatnonzero(codes == code)) for code in (0, 1)]
+        means = torch.stack([found["z"][rows].mean(dim=0) for rows in of_class])
+        off.append(float((means - true).norm()))
+    assert off[1] < 0.5 * off[0]
+
+
+def test_variants_share_a_space_which_goes_with_its_problem(monkeypatch):
+    calls = []
+
+    def counted(problem, latent, generator, *, seed):
+        calls.append(seed)
+        return fit_space(problem, latent, generator, seed=seed)
+
+    monkeypatch.setattr(shared, "fit_space", counted)
+    problem = make_problem(1)
+    few = MatchingConfig(n_steps=4)
+    first = Variant(**SMALL, matching=few, counts="rounded", start="centroids").condense(problem, 1)
+    Variant(**SMALL, counts="expected", start="random").unmatched()(problem, 2)
+    assert calls == [0]
+    assert {*first.choice["start"]} == {"centroids"}
+    assert {*first.choice["steps"]} == {0, 1, 4}
+    Variant(**SMALL, counts="expected", start="random").unmatched()(problem, 1, seed=3)
+    assert calls == [0, 3]
+    n_kept = len(shared._spaces)
+    del problem
+    gc.collect()
+    assert len(shared._spaces) == n_kept - 1
+
+
+def test_unmatched_codes_stay_where_they_start(trained):
+    problem, _ = trained
+    found = Variant(start="random", counts="expected").unmatched().condense(problem, 2, 0)
+    noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    assert np.array_equal(found.codes, noise)
+    assert {*found.choice["steps"]} == {0}
+
+
+def test_ours_is_evaluated_beside_baselines(trained):
+    problem, _ = trained
+    quick = Variant(matching=MatchingConfig(n_steps=8), start="centroids", counts="rounded")
+    found = evaluate(
+        problem,
+        {"scdd": quick, "random": "random"},
+        samples_per_class=(1,),
+        seeds=(0,),
+        evaluators=("logistic", "knn", "mlp_large"),
+        trained_with={"scdd": TRAINED_WITH},
+    )
+    table = found.summary().set_index("method")
+    assert 0.3 < table.loc["scdd", "retention"] <= 1.5
+    assert np.isfinite(table.loc["scdd", "cross_architecture_gap"])
+    assert isinstance(quick(problem, 1, 0), LabelledCells)
+
+
+def test_scdd_is_the_variant_of_defaults(trained, monkeypatch):
+    problem, _ = trained
+    asked = []
+
+    def noted(self, problem, samples_per_class, seed=0):
+        asked.append((self, samples_per_class, seed))
+        return problem.train
+
+    monkeypatch.setattr(Variant, "__call__", noted)
+    scdd(problem, 7, 2)
+    assert asked == [(Variant(), 7, 2)]
+
+
+def test_a_shared_space_is_found_by_its_settings(trained):
+    problem, space = trained
+    assert shared_space(problem, 0, SMALL["latent"], SMALL["generator"]) is space

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+
+from cellstill.errors import InvalidArgumentError, MissingKeyError
+from cellstill.foundation import FoundationEncoder, embed
+
+Z = np.arange(12, dtype=np.float64).reshape(4, 3)
+
+
+class Encoder:
+    """Embeds as told, whatever the cells."""
+
+    def __init__(self, found: object) -> None:
+        self.found = found
+        self.asked: list[AnnData] = []
+
+    def get_latent_representation(self, adata: AnnData) -> object:
+        self.asked.append(adata)
+        return self.found
+
+
+@pytest.fixture
+def adata() -> AnnData:
+    return AnnData(np.ones((4, 2), dtype=np.float32), obsm={"X_pca": Z})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda z: z, sp.csr_matrix, torch.from_numpy, lambda z: pd.DataFrame(z, columns=list("abc")), np.ndarray.tolist],
+    ids=["array", "sparse", "tensor", "frame", "list"],
+)
+def test_encoders_are_asked_once_and_give_float32(adata, form):
+    encoder = Encoder(form(Z))
+    found = embed(encoder, adata)
+    np.testing.assert_array_equal(found, Z)
+    assert found.dtype == np.float32
+    assert len(encoder.asked) == 1
+    assert encoder.asked[0] is adata
+
+
+@pytest.mark.parametrize("form", [lambda z: z, sp.csr_matrix, lambda z: pd.DataFrame(z, index=list("0123"))])
+def test_embeddings_that_are_there_are_read(adata, form):
+    adata.obsm["other"] = form(Z)
+    np.testing.assert_array_equal(embed("other", adata), Z)
+
+
+def test_the_protocol_is_told_by_its_method():
+    assert isinstance(Encoder(Z), FoundationEncoder)
+    assert not isinstance(np.zeros(3), FoundationEncoder)
+
+
+def test_absent_key_is_an_error_that_lists_those_that_exist(adata):
+    with pytest.raises(MissingKeyError, match="latent='X_scvi' is not in adata.obsm. adata.obsm has: 'X_pca'"):
+        embed("X_scvi", adata)
+
+
+@pytest.mark.parametrize("source", [5, None, Encoder, Z], ids=["number", "None", "class", "array"])
+def test_what_embeds_nothing_is_refused(adata, source):
+    with pytest.raises(
+        InvalidArgumentError, match="(?s)teacher=.* embeds no cells. Give a key of adata.obsm, or a trained"
+    ):
+        embed(source, adata, "teacher")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (Z[:3], r"shape \(3, 3\).*each of the 4 cells"),
+        (Z[:, 0], r"shape \(4,\)"),
+        (np.where(Z == 5, np.nan, Z), "1 values that are not finite"),
+        (np.where(Z > 9, np.inf, Z), "2 values that are not finite"),
+        (np.full((4, 2), "x"), "Encoder.get_latent_representation.*holds no numbers"),
+        (None, "Encoder.get_latent_representation"),
+        (Z[:, :0], r"shape \(4, 0\)"),
+    ],
+    ids=["too-few-rows", "vector", "NaN", "infinite", "text", "None", "no-dimension"],
+)
+def test_what_is_no_finite_matrix_is_refused(adata, found, message):
+    with pytest.raises(InvalidArgumentError, match=f"latent: .*{message}"):
+        embed(Encoder(found), adata)
+
+
+def test_text_in_obsm_is_refused_with_its_key(adata):
+    adata.obsm["notes"] = pd.DataFrame({"a": list("wxyz")}, index=adata.obs_names)
+    with pytest.raises(InvalidArgumentError, match=r"latent: adata.obsm\['notes'\] holds no numbers"):
+        embed("notes", adata)
