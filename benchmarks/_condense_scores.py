@@ -64,10 +64,10 @@ class Scores:
             rows = rows[[pair in runs for pair in zip(rows["set"], rows["seed"], strict=True)]]
         return None if rows.empty else float(rows.groupby("set")[column].mean().mean())
 
-    def gap(self, method: str, size: int) -> float | None:
-        """Mean retention of the evaluators that a method trained with or chose by, minus that of the others."""
+    def gap(self, method: str, size: int, column: str = "retention") -> float | None:
+        """Mean score of the evaluators that a method trained with or chose by, minus that of the others."""
         seen = next(iter(self._evaluations.values())).trained_with.get(method, ())
-        found = self.of(method, size).groupby(["set", "evaluator"])["retention"].mean().groupby("evaluator").mean()
+        found = self.of(method, size).groupby(["set", "evaluator"])[column].mean().groupby("evaluator").mean()
         inside = found.index.isin(seen)
         return None if inside.all() or not inside.any() else float(found[inside].mean() - found[~inside].mean())
 
