@@ -45,6 +45,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/distill_peers.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/vi_peers.py
+	$(BIN)/python benchmarks/condense_baselines.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache cellstill_demo

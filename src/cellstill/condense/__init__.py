@@ -9,6 +9,7 @@ from cellstill.condense.evaluators import EVALUATORS, get_evaluators
 from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
+from cellstill.condense.method import TRAINED_WITH, Variant, scdd
 from cellstill.condense.model import SCDD
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.solver import condense
@@ -18,6 +19,7 @@ __all__ = [
     "BASELINES",
     "EVALUATORS",
     "SCDD",
+    "TRAINED_WITH",
     "Baseline",
     "CondensationProblem",
     "Evaluation",
@@ -28,9 +30,11 @@ __all__ = [
     "MatchingConfig",
     "Rendering",
     "Space",
+    "Variant",
     "baseline",
     "condense",
     "evaluate",
     "fit_space",
     "get_evaluators",
+    "scdd",
 ]
