@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.condense.evaluated import Evaluation
-from cellstill.metrics.condensation import _mean_score
+from cellstill.metrics.condensation import mean_macro_f1
 
 N_RESAMPLES = 1000
 KEYS = ["set", "method", "samples_per_class", "seed", "evaluator"]
@@ -102,7 +102,7 @@ class Scores:
                 len(truth), np.full(len(truth), 1 / len(truth)), size=N_RESAMPLES
             )
             weights = np.concatenate([np.ones((1, len(truth))), draws])
-            self._resampled[key] = _mean_score(weights, truth, predicted, full if as_share else None)
+            self._resampled[key] = mean_macro_f1(weights, truth, predicted, full if as_share else None)
         return self._resampled[key]
 
 

@@ -42,7 +42,7 @@ from threadpoolctl import threadpool_limits
 from cellstill.condense import BASELINES, EVALUATORS, CondensationProblem
 from cellstill.errors import CellstillError, CellstillWarning
 from cellstill.metrics.privacy import membership_inference
-from cellstill.metrics.realism import realism
+from cellstill.metrics.realism import realism_table
 
 STRONG = (
     "kmeans_centroids", "half_centroids", "herding", "random", "dc", "dm", "kmeans_latent", "generator",
@@ -351,7 +351,7 @@ def looks(options: Options) -> Section:
         problem = kept.problem
         made = BASELINES["generator"].condense(problem, PER_CLASS, 0)
         labels = [np.array(problem.classes)[cells.codes] for cells in (problem.train, made, problem.test)]
-        found = realism(
+        found = realism_table(
             problem.train.counts,
             made.counts,
             labels[0],

@@ -16,7 +16,7 @@ from cellstill.metrics.realism import (
     mean_variance_error,
     mixing,
     mmd,
-    realism,
+    realism_table,
     within_class_variance_ratio,
     zero_fraction_error,
     zero_fraction_excess,
@@ -234,7 +234,7 @@ def test_copies_lie_below_chance(parts):
 @pytest.fixture(scope="module")
 def of_real_cells(parts):
     (r, rl), (c, cl), (s, sl) = parts
-    return realism(r, s, rl, sl, control=c, control_labels=cl, n_genes=60, n_estimators=30)
+    return realism_table(r, s, rl, sl, control=c, control_labels=cl, n_genes=60, n_estimators=30)
 
 
 def test_other_real_cells_are_as_real_as_the_control(of_real_cells):
@@ -261,7 +261,7 @@ def test_other_real_cells_are_as_real_as_the_control(of_real_cells):
 def test_smooth_cells_are_told_from_real_ones_and_the_control_is_not(parts, of_real_cells):
     (r, rl), (c, cl), _ = parts
     smooth = poisson_around_means(r, rl, np.random.default_rng(11))
-    t = realism(r, smooth, rl, rl, control=c, control_labels=cl, n_genes=60, n_estimators=30)
+    t = realism_table(r, smooth, rl, rl, control=c, control_labels=cl, n_genes=60, n_estimators=30)
     assert t.loc["forest_auroc", "synthetic"] > t.loc["forest_auroc", "control"] + 0.2
     assert t.loc["within_class_variance_ratio", "synthetic"] < 0.85
     assert t.loc["zero_fraction_excess", "synthetic"] < -0.02
@@ -271,18 +271,18 @@ def test_smooth_cells_are_told_from_real_ones_and_the_control_is_not(parts, of_r
 
 def test_without_a_control_the_real_cells_are_halved(parts):
     (r, rl), _, (s, sl) = parts
-    t = realism(r, s, rl, sl, n_genes=60, n_estimators=30)
+    t = realism_table(r, s, rl, sl, n_genes=60, n_estimators=30)
     assert t.attrs["n_cells"] <= 180
     assert t.loc["forest_auroc", "control"] == pytest.approx(0.5, abs=0.12)
     assert t.loc["within_class_variance_ratio", "control"] == pytest.approx(1, abs=0.1)
-    pd.testing.assert_frame_equal(t, realism(r, s, rl, sl, n_genes=60, n_estimators=30))
-    assert not t.equals(realism(r, s, rl, sl, n_genes=60, seed=1, n_estimators=30))
+    pd.testing.assert_frame_equal(t, realism_table(r, s, rl, sl, n_genes=60, n_estimators=30))
+    assert not t.equals(realism_table(r, s, rl, sl, n_genes=60, seed=1, n_estimators=30))
 
 
 def test_composition_is_matched_before_anything_is_compared(parts):
     (r, rl), (c, cl), (s, sl) = parts
     few = np.flatnonzero((sl != "type_0") | (np.arange(len(sl)) % 5 == 0))
-    t = realism(r, s[few], rl, sl[few], control=c, control_labels=cl, n_genes=60, n_estimators=30)
+    t = realism_table(r, s[few], rl, sl[few], control=c, control_labels=cl, n_genes=60, n_estimators=30)
     assert t.loc["zero_fraction_error", "synthetic"] < 1.6 * t.loc["zero_fraction_error", "control"]
     assert t.loc["forest_auroc", "synthetic"] == pytest.approx(0.5, abs=0.12)
 
@@ -323,10 +323,16 @@ def test_categories_and_numbers_are_matched_as_text():
         (lambda r, names: mmd(np.ones((5, 2)), np.ones((5, 3))), "real has 2 dimensions and synthetic 3"),
         (lambda r, names: within_class_variance_ratio(np.eye(4), np.eye(4), *[["a"] * 4] * 2), "No class has 5"),
         (lambda r, names: match_classes([["a"], ["b"]]), "no class is in all"),
-        (lambda r, names: realism(r, r[:6], names, names[:6], control=r, control_labels=names), "6 cells of like"),
-        (lambda r, names: realism(r, r, names, names, n_comps=0), "n_comps=0"),
-        (lambda r, names: realism(r, r, names, [None, *names[1:]]), "synthetic_labels is missing"),
-        (lambda r, names: realism(r, r, names, names, control=r, control_labels=names[:3]), "control_labels must give"),
+        (
+            lambda r, names: realism_table(r, r[:6], names, names[:6], control=r, control_labels=names),
+            "6 cells of like",
+        ),
+        (lambda r, names: realism_table(r, r, names, names, n_comps=0), "n_comps=0"),
+        (lambda r, names: realism_table(r, r, names, [None, *names[1:]]), "synthetic_labels is missing"),
+        (
+            lambda r, names: realism_table(r, r, names, names, control=r, control_labels=names[:3]),
+            "control_labels must give",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_named(parts, call, message):

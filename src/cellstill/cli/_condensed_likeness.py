@@ -55,12 +55,12 @@ def compare(problem: CondensationProblem, cells: LabelledCells, seed: int) -> di
     -------
     ``"synthetic"`` and ``"control"`` by metric; ``None`` where too few cells can be compared.
     """
-    from cellstill.metrics import realism
+    from cellstill.metrics import realism_table
 
     real, synthetic, control = matched(problem, cells, seed)
     if len(real) < MIN_COMPARED:
         return None
-    table = realism(
+    table = realism_table(
         real.counts,
         synthetic.counts,
         real.codes,

@@ -23,7 +23,7 @@ def validation_score(
     Without validation cells, the training cells are judged by.
     """
     judged = problem.validation if len(problem.validation) else problem.train
-    expression = judged.expression().toarray()
+    expression = judged.expression()
     found = {}
     for judge in get_evaluators(judges):
         predicted = judge.fit(cells, problem.n_classes, seed).predict(expression)

@@ -17,7 +17,7 @@ from cellstill.metrics.neighbourhood import (
     nearest_neighbours,
 )
 from cellstill.metrics.privacy import ClosestRecord, distance_to_closest_record, membership_inference
-from cellstill.metrics.realism import forest_auroc, match_classes, realism
+from cellstill.metrics.realism import forest_auroc, match_classes, realism_table
 
 __all__ = [
     "BootstrapInterval",
@@ -44,6 +44,6 @@ __all__ = [
     "nmi",
     "paired_bootstrap",
     "rarest_classes",
-    "realism",
+    "realism_table",
     "retention",
 ]

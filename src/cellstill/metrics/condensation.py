@@ -215,12 +215,25 @@ def paired_bootstrap(
     _codes(y, y)
     draws = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=n_resamples)
     weights = np.concatenate([np.ones((1, len(y))), draws])
-    scores = _mean_score(weights, y, a, full) - _mean_score(weights, y, b, full_b)
+    scores = mean_macro_f1(weights, y, a, full) - mean_macro_f1(weights, y, b, full_b)
     low, high = np.quantile(scores[1:], [(1 - level) / 2, (1 + level) / 2])
     return BootstrapInterval(float(scores[0]), float(low), float(high), level)
 
 
-def _mean_score(weights: np.ndarray, y: np.ndarray, found: np.ndarray, full: ArrayLike | None) -> np.ndarray:
+def mean_macro_f1(weights: np.ndarray, y: np.ndarray, found: np.ndarray, full: ArrayLike | None) -> np.ndarray:
+    """Macro-F1 under several weightings of the cells, mean over predictions; of ``full``'s, where it is given.
+
+    Parameters
+    ----------
+    weights
+        How often each cell counts, ``(n_resamples, n)``.
+    y, found, full
+        True codes ``(n,)``; predictions ``(n,)`` or ``(n_predictions, n)``; those of which the result is a share.
+
+    Returns
+    -------
+    Shape ``(n_resamples,)``.
+    """
     rows = np.atleast_2d(found)
     scores = np.stack([_macro_f1(weights, *_codes(y, row)) for row in rows])
     if full is None:

@@ -35,7 +35,7 @@ __all__ = [
     "mean_variance_error",
     "mixing",
     "mmd",
-    "realism",
+    "realism_table",
     "within_class_variance_ratio",
     "zero_fraction_error",
     "zero_fraction_excess",
@@ -45,7 +45,7 @@ _MIN_CELLS = 10
 _N_FOLDS = 5
 
 
-def realism(
+def realism_table(
     real: Any,
     synthetic: Any,
     real_labels: Any,

@@ -276,7 +276,7 @@ class RegularizedVAE(nn.Module):
                 widths=[first.n_hidden] * first.n_layers,
                 dropout=config.dropout,
             )
-            # z starts at its prior: of many dimensions only those leave it that the data ask for.
+            # z starts at its prior; of many dimensions that start at random, cells of one type connect less.
             self.encoders.append(GaussianEncoder(trunk, first.n_hidden, first.n_latent, start_variance=1.0))
         self.mixing = nn.Parameter(torch.zeros(len(names))) if config.latent_mode == "weighted_mean" else None
         self.relevance = None if config.ard is None else Relevance(config.n_latent, config.ard)
