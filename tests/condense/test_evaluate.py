@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -207,15 +208,14 @@ def test_a_class_without_test_cells_does_not_count():
 
 def test_memory_of_the_method_is_seen(problem):
     def hungry(problem, samples_per_class, seed):
-        held = np.ones(30 * 2**20 // 8)
-        import time
-
+        # Above 32 MiB malloc always asks the system, so memory freed earlier can't serve it.
+        held = np.ones(100 * 2**20 // 8)
         time.sleep(0.1)
         assert held.sum() > 0
         return first_cells(problem, samples_per_class, seed)
 
     found = evaluate(problem, {"hungry": hungry}, samples_per_class=[1], seeds=[0], evaluators=["knn"]).scores
-    assert 25 < found.added_mb[0] < 60
+    assert 90 < found.added_mb[0] < 150
 
 
 def test_figure_shows_each_method_and_evaluator(evaluation):
