@@ -22,7 +22,7 @@ def test_import_is_light(code):
     assert not modules(code) & HEAVY
 
 
-@pytest.mark.parametrize("command", ["", "integrate", "vi", "condense", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["", "integrate", "vi", "condense", "de", "inspect", "demo"])
 def test_help_is_light(command):
     code = (
         "from typer.testing import CliRunner; from cellstill.cli.app import app; "

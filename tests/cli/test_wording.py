@@ -17,6 +17,7 @@ from cellstill.cli.app import app
         ("consider pca_method='pearson_residuals'.", "consider --pca-method pearson_residuals."),
         ("choose with layer=...", "choose with --layer NAME"),
         ("adata.X looks like counts: choose it with layer=None.", "adata.X looks like counts: leave --layer out."),
+        ("These do: layer=None (adata.X).", "These do: adata.X (leave --layer out)."),
         ("Pass allow_noninteger=True only", "Pass --allow-noninteger only"),
         ("pass overwrite=True (--overwrite) to", "pass --overwrite to"),
         ("n_latent=50 components", "--n-latent 50 components"),
@@ -37,6 +38,23 @@ from cellstill.cli.app import app
             "n_top_genes=1 has to be at least 2, or None for all genes.",
             "--n-top-genes 1 has to be at least 2, or 0 for all genes.",
         ),
+        ("sample_key='donr' is not in adata.obs.", "--sample-key donr is not in adata.obs."),
+        ("Check sample_key; or lower min_cells_per_sample.", "Check --sample-key; or lower --min-cells."),
+        ("within and sample_key are both 'a': inside", "--within and --sample-key are both 'a': inside"),
+        ("or lower min_total_count.", "or lower --min-total-count."),
+        ("group1 and group2 are both 'a': name", "--group1 and --group2 are both 'a': name"),
+        ("sample_key and groupby are both 'a': each", "--sample-key and --groupby are both 'a': each"),
+        (
+            "or leave 'b' out of the design (batch_key=None or fewer covariate_keys) and",
+            "or leave 'b' out of the design (no --batch-key, or fewer --covariate-key) and",
+        ),
+        ("PseudobulkConfig(method='deseq2') needs the package", "--method deseq2 needs the package"),
+        (
+            "covariate_keys=('a', 'b') needs a model, which method='wilcoxon' does not have.",
+            "--covariate-key ('a', 'b') needs a model, which --method wilcoxon does not have.",
+        ),
+        ("set lfc_threshold=0.", "set --lfc-threshold 0."),
+        ("within='cell_type': none of", "--within cell_type: none of"),
         ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
     ],
 )
@@ -47,7 +65,7 @@ def test_python_arguments_become_options(message, words):
 def test_every_option_named_exists():
     helps = (
         CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-        for command in ("integrate", "vi", "condense")
+        for command in ("integrate", "vi", "condense", "de")
     )
     text = re.sub(r"\s+", " ", " ".join(helps))
     for option in [*_wording._OPTIONS.values(), "--teacher-setting"]:

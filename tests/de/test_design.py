@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from cellstill.de import Contrast, comparison_cells
-from cellstill.de.design import make_design
-from cellstill.errors import InvalidArgumentError, MissingKeyError
+from cellstill.de.design import design_of_units, make_design
+from cellstill.de.units import make_units
+from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
 
 CONTRAST = Contrast("group", "t", "c")
 
@@ -129,9 +130,12 @@ def test_pairs_contain_their_batch():
 
 
 def test_a_donor_without_a_partner_is_left_out_of_a_paired_design():
-    units, design = design_of(cells([*PAIRS, ("d9", "t")], ["donor", "group"]), sample_key="donor")
+    obs = cells([*PAIRS, ("d9", "t")], ["donor", "group"])
+    with pytest.warns(CellstillWarning, match=r"1 of 9 samples left out: 'd9' in 't' \(12 cells\): in one group only"):
+        units, design = design_of(obs, sample_key="donor")
     assert len(units.table) == 8
-    assert units.left_out.to_numpy().tolist() == [["d9", "t", 12, "fitted exactly by a coefficient of its own"]]
+    reason = "in one group only, while samples in both are compared with themselves"
+    assert units.left_out.to_numpy().tolist() == [["d9", "t", 12, reason]]
     assert np.linalg.matrix_rank(design.matrix) == design.matrix.shape[1] == 5
     assert units.codes.max() == 7
     assert (units.codes == -1).sum() == 12
@@ -146,7 +150,8 @@ def test_few_pairs_among_many_samples_stay_independent_and_said():
 
 def test_the_only_sample_of_a_batch_is_left_out_unless_the_contrast_needs_it():
     obs = cells([*BALANCED, ("s8", "t", "c")], ["sample", "group", "batch"])
-    units, design = design_of(obs, batch_key="batch")
+    with pytest.warns(CellstillWarning, match=r"'s8' in 't' \(12 cells\): fitted exactly by a coefficient of its own"):
+        units, design = design_of(obs, batch_key="batch")
     assert units.left_out["sample"].tolist() == ["s8"]
     assert design.matrix.shape == (8, 3)
     needed = [
@@ -165,8 +170,10 @@ def test_the_only_sample_of_a_batch_is_left_out_unless_the_contrast_needs_it():
 def test_cells_still_map_to_their_replicate_when_one_in_the_middle_is_left_out():
     columns = ["sample", "group", "batch"]
     obs = pd.concat([cells(BALANCED, columns), cells([("s3_", "t", "a")], columns, 4)])
-    units, _ = design_of(obs)
+    with pytest.warns(CellstillWarning, match="'s3_' in 't'"):
+        units, _ = design_of(obs)
     assert units.table["sample"].tolist() == [f"s{i}" for i in range(8)]
+    assert units.origin.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     expected = obs["sample"].map({f"s{i}": i for i in range(8)}).fillna(-1)
     np.testing.assert_array_equal(units.codes, expected)
     np.testing.assert_array_equal(units.n_cells, [12] * 8)
@@ -176,17 +183,63 @@ def test_small_samples_are_left_out_and_listed():
     obs = pd.concat(
         [cells(BALANCED, ["sample", "group", "batch"]), cells([("tiny", "t", "a")], ["sample", "group", "batch"], 9)]
     )
-    units, _ = design_of(obs)
+    with pytest.warns(CellstillWarning, match="1 of 9 samples left out") as caught:
+        units, _ = design_of(obs)
+    assert len(caught) == 1
     assert units.left_out.to_numpy().tolist() == [["tiny", "t", 9, "fewer than 10 cells"]]
     assert len(design_of(obs, min_cells=9)[0].table) == 9
 
 
-def test_a_single_sample_in_a_group_is_an_error_with_the_counts():
+def test_one_warning_names_all_that_was_left_out_but_not_without_end():
+    columns = ["donor", "group"]
+    obs = pd.concat(
+        [
+            cells([*PAIRS, ("d8", "t"), ("d9", "c"), ("few", "t")], columns),
+            cells([(f"x{i}", "c") for i in range(20)], columns, 3),
+        ]
+    )
+    settings = {"sample_key": "donor", "batch_key": None, "covariate_keys": ()}
+    units = make_units(obs, CONTRAST, min_cells=10, **settings)
+    units = units.keep((units.table["donor"] != "few").to_numpy(), "fewer than 1,000 counts")
+    with pytest.warns(CellstillWarning) as caught:
+        units, _ = design_of_units(units, CONTRAST, sample_key="donor", batch_key=None, covariate_keys=())
+    (message,) = [str(item.message) for item in caught]
+    assert message == (
+        "23 of 31 samples left out: 'x0' in 'c' (3 cells), 'x1' in 'c' (3 cells), 'x10' in 'c' (3 cells), "
+        "'x11' in 'c' (3 cells), 'x12' in 'c' (3 cells) and 15 more: fewer than 10 cells. "
+        "'few' in 't' (12 cells): fewer than 1,000 counts. "
+        "'d8' in 't' (12 cells), 'd9' in 'c' (12 cells): in one group only, while samples in both are compared with "
+        "themselves."
+    )
+    names = sorted({(donor, group) for donor, group in zip(obs["donor"], obs["group"], strict=True)})
+    assert [names[i] for i in units.origin] == list(units.table.itertuples(index=False, name=None))
+
+
+def test_a_single_sample_in_a_group_is_an_error_with_the_table_of_samples():
     obs = cells([("s0", "t"), ("s1", "c"), ("s2", "c"), ("s3", "c")], ["sample", "group"])
     obs = pd.concat([obs, cells([("s4", "t")], ["sample", "group"], 3)])
-    message = r"of obs\['sample'\], 't' has 1 and 'c' has 3. Left out: 's4' in 't' \(3 cells: fewer than 10 cells\)"
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises(InvalidArgumentError, match=r"of obs\['sample'\], 't' has 1 and 'c' has 3\. ") as error:
         design_of(obs)
+    head, *rows = [line.split(maxsplit=3) for line in str(error.value).splitlines()[1:]]
+    assert head == ["sample", "group", "n_cells", "left out because"]
+    assert [row[:3] for row in rows] == [
+        ["s1", "c", "12"],
+        ["s2", "c", "12"],
+        ["s3", "c", "12"],
+        ["s0", "t", "12"],
+        ["s4", "t", "3"],
+    ]
+    assert [row[3:] for row in rows] == [[]] * 4 + [["fewer than 10 cells"]]
+
+
+def test_the_table_of_samples_is_short_however_many_there_are():
+    obs = cells([("only", "t"), *[(f"s{i:03}", "c") for i in range(300)]], ["sample", "group"])
+    with pytest.raises(InvalidArgumentError) as error:
+        design_of(obs)
+    lines = str(error.value).splitlines()
+    assert len(lines) < 15
+    assert lines[-1] == "... and 292 more"
+    assert any(line.split()[:2] == ["only", "t"] for line in lines)
 
 
 def test_as_many_coefficients_as_samples_is_an_error():

@@ -6,15 +6,17 @@ import warnings
 
 import mudata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data import simulate_counts
-from cellstill.de import BayesianConfig, PseudobulkConfig
-from cellstill.errors import InvalidArgumentError, MissingKeyError
-from cellstill.vi.differential import posterior_draws
+from cellstill.de import BayesianConfig, PseudobulkConfig, pseudobulk_de
+from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
+from cellstill.vi.correction import corrected_ratios
+from cellstill.vi.draws import posterior_draws
 
 pytestmark = pytest.mark.filterwarnings("ignore:From 0.4:FutureWarning")
 
@@ -127,10 +129,88 @@ def test_batch_terms_can_be_chosen(trained):
     assert named.design == "~ batch + condition"
 
 
+@BOTH
+def test_inside_cell_types_each_is_compared_alone(trained, how):
+    asked = {"groupby": "condition", "group1": "treat", "group2": "ctrl", "sample_key": "donor", "how": how}
+    result = trained.differential_expression(within="cell_type", **asked)
+    assert list(result.results) == ["type_0", "type_1"]
+    for level in result:
+        own = trained.adata[trained.adata.obs["cell_type"] == level].copy()
+        alone = trained.differential_expression(adata=own, **asked)
+        pd.testing.assert_frame_equal(result[level].table, alone.table)
+        assert result[level].design == alone.design == "~ batch + condition"
+        assert sum(result[level].n_cells.values()) == own.n_obs
+
+
+@BOTH
+def test_inside_levels_batches_are_in_the_design_where_they_span_samples(trained, how):
+    adata = trained.adata.copy()
+    donors, batch = (adata.obs[key].astype(str) for key in ("donor", "batch"))
+    several = donors.isin([sorted(set(donors[batch == name]))[0] for name in sorted(set(batch))])
+    # Cells of "few" are those of a single donor in each batch; in them the batch only tells donors apart.
+    adata.obs["kind"] = np.where(several & (np.arange(adata.n_obs) % 2 == 0), "few", "many")
+    adata.obs["state"] = np.where(np.random.default_rng(0).random(adata.n_obs) < 0.5, "a", "b")
+    asked = {"groupby": "state", "group1": "a", "sample_key": "donor", "how": how, "adata": adata}
+    result = trained.differential_expression(within="kind", **asked)
+    assert {level: found.design for level, found in result.results.items()} == {
+        "few": "~ donor + state",
+        "many": "~ donor + state",
+    }
+    assert set(result["few"].units["batch"]) == {"one per sample"}
+    assert set(result["many"].units["batch"]) == set(batch)
+
+
+@pytest.mark.parametrize("within", [None, "cell_type"])
+def test_corrected_counts_are_those_of_the_models_ratios(trained, within):
+    asked = {"groupby": "condition", "group1": "treat", "group2": "ctrl", "sample_key": "donor"}
+    how = PseudobulkConfig(expression="corrected")
+    found = trained.differential_expression(how=how, within=within, **asked)
+    cells, adata = trained._cells(), trained.adata
+    targets = [{"code/batch": 0}, {"code/batch": 1}]
+    expected = pseudobulk_de(
+        adata.X,
+        adata.obs,
+        adata.var_names,
+        batch_key="batch",
+        ratios=corrected_ratios(trained.module, "rna", cells, targets),
+        within=within,
+        config=how,
+        **asked,
+    )
+    pd.testing.assert_frame_equal(found.table, expected.table)
+    raw = trained.differential_expression(within=within, **asked)
+    assert not np.allclose(found.table["lfc"], raw.table["lfc"], atol=1e-3, equal_nan=True)
+    one = trained.differential_expression(how=how, within=within, transform_batch="batch_1", **asked)
+    assert not np.allclose(found.table["lfc"], one.table["lfc"], atol=1e-3, equal_nan=True)
+
+
+def test_without_samples_the_posterior_is_compared_with_a_warning(trained):
+    how = BayesianConfig(n_samples=2)
+    with pytest.warns(CellstillWarning, match="replicate") as caught:
+        result = trained.differential_expression("cell_type", "type_0", how=how)
+    assert len(caught) == 1
+    assert np.isfinite(result.table["lfc_mean"]).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"groupby": "cell_type", "group1": "type_0"}, InvalidArgumentError, "sample_key is missing"),
+        (
+            {"groupby": "cell_type", "group1": "type_0", "sample_key": "donor", "within": "donor"},
+            InvalidArgumentError,
+            "within and sample_key are both",
+        ),
+        (
+            {"groupby": "cell_type", "group1": "type_0", "sample_key": "donor", "within": "cell_type"},
+            InvalidArgumentError,
+            "within and groupby are both",
+        ),
+        (
+            {"groupby": "cell_type", "group1": "type_0", "sample_key": "donor", "within": "kind"},
+            MissingKeyError,
+            "within='kind'",
+        ),
         ({"sample_key": "donor"}, InvalidArgumentError, "in one way"),
         ({"groupby": "cell_type", "idx1": [0], "sample_key": "donor"}, InvalidArgumentError, "in one way"),
         ({"groupby": "cell_type", "sample_key": "donor"}, InvalidArgumentError, "group1 is missing"),
@@ -143,7 +223,19 @@ def test_batch_terms_can_be_chosen(trained):
             "modality='atac'",
         ),
     ],
-    ids=["no_samples", "no_cells", "cells_twice", "no_group", "unknown_group", "no_column", "overlap", "modality"],
+    ids=[
+        "no_samples",
+        "within_samples",
+        "within_groups",
+        "no_levels",
+        "no_cells",
+        "cells_twice",
+        "no_group",
+        "unknown_group",
+        "no_column",
+        "overlap",
+        "modality",
+    ],
 )
 def test_bad_input_is_named(trained, settings, error, message):
     with pytest.raises(error, match=message):

@@ -148,6 +148,12 @@ def describe_columns(obs: pd.DataFrame) -> list[Column]:
     ]
 
 
+def by_role(columns: Sequence[Column]) -> dict[str, list[Column]]:
+    """Columns of each role that can serve as keys, those to be preferred first."""
+    usable = [c for c in columns if c.kind == "levels" and not c.n_missing]
+    return {role: sorted((c for c in usable if c.role == role), key=_preference) for role in ROLES}
+
+
 def suggest(obs: pd.DataFrame, columns: Sequence[Column]) -> dict[str, list[str]]:
     """Choose keys for ``cellstill integrate``.
 
@@ -157,18 +163,17 @@ def suggest(obs: pd.DataFrame, columns: Sequence[Column]) -> dict[str, list[str]
     a sample's, and rather one that can be told apart from the condition; covariates are conditions that can be told
     apart from that batch.
     """
-    usable = [c for c in columns if c.kind == "levels" and not c.n_missing]
-    by_role = {role: sorted((c for c in usable if c.role == role), key=_preference) for role in ROLES}
-    conditions = [c.name for c in by_role["condition"] if c.n_levels <= _MAX_COVARIATE_LEVELS]
+    found = by_role(columns)
+    conditions = [c.name for c in found["condition"] if c.n_levels <= _MAX_COVARIATE_LEVELS]
 
     def separable(batch: str) -> list[str]:
         return [key for key in conditions[:1] if can_be_told_apart(obs[batch], obs[key])]
 
-    batches = [c.name for role in ("batch", "sample") for c in by_role[role]]
+    batches = [c.name for role in ("batch", "sample") for c in found[role]]
     batch = next((name for name in batches if separable(name)), batches[0] if batches else None)
     return {
         "batch": [batch] if batch is not None else [],
-        "label": [c.name for c in by_role["label"][:1]],
+        "label": [c.name for c in found["label"][:1]],
         "covariate": separable(batch) if batch is not None else [],
     }
 

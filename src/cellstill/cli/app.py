@@ -10,6 +10,7 @@ import typer
 
 from cellstill import __version__
 from cellstill.cli.condense import condense
+from cellstill.cli.de import de
 from cellstill.cli.demo import demo
 from cellstill.cli.inspect import inspect
 from cellstill.cli.integrate import integrate
@@ -17,7 +18,8 @@ from cellstill.cli.vi import vi
 
 app = typer.Typer(
     name="cellstill",
-    help="Distil single-cell data: integrate batches, remove ambient RNA, condense cells, look into files, see a demo.",
+    help="Distil single-cell data: integrate batches, remove ambient RNA, condense cells, find genes that differ, look "
+    "into files, see a demo.",
     epilog="Start with `cellstill inspect FILE`: it says what a file holds, and what to run.",
     no_args_is_help=True,
     add_completion=False,
@@ -25,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (integrate, vi, condense, inspect, demo):
+for command in (integrate, vi, condense, de, inspect, demo):
     app.command(no_args_is_help=command is not demo)(command)
 
 

@@ -48,6 +48,8 @@ class Report:
         What ``cellstill integrate`` will need, about; ``None`` without counts.
     command
         Call of ``cellstill integrate`` to begin with.
+    comparison
+        Call of ``cellstill de``, if a column has the name of a condition, and samples stand for its levels; else empty.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class Report:
     counts: MatrixFacts | None
     memory_mb: float | None
     command: str
+    comparison: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold."""
@@ -73,6 +76,7 @@ class Report:
             "counts": None if self.counts is None else self.counts.where,
             "memory_mb": self.memory_mb,
             "command": self.command,
+            "comparison": self.comparison or None,
         }
 
 
@@ -83,10 +87,10 @@ def inspect(
         bool, typer.Option("--verbose", "-v", help="Show what libraries say, and the trace of errors.")
     ] = False,
 ) -> None:
-    """Say what a file holds, and how to integrate it.
+    """Say what a file holds, and how to integrate and compare it.
 
     Prints matrices and whether they hold counts, columns of obs and what they may be (batch, label, condition,
-    sample), what stands in the way, the memory that an integration will need, and a command to begin with. Matrices
+    sample), what stands in the way, the memory that an integration will need, and commands to begin with. Matrices
     are read in blocks, never whole.
     """
     with terminal(verbose=verbose) as term:
@@ -104,6 +108,7 @@ def inspect(
 
 def make_report(stored: StoredAnnData) -> Report:
     """Look through an open file."""
+    from cellstill.cli._comparison import suggest_comparison
     from cellstill.cli._facts import matrix_facts
     from cellstill.cli._keys import describe_columns, suggest
 
@@ -116,10 +121,13 @@ def make_report(stored: StoredAnnData) -> Report:
     command += ["--batch-key", keys["batch"][0] if keys["batch"] else "KEY"]
     for option, found in (("--label-key", keys["label"]), ("--covariate-key", keys["covariate"])):
         command += [word for key in found for word in (option, key)]
+    options = suggest_comparison(stored.obs, columns)
+    comparison = ["cellstill", "de", str(stored.path), *options] if options else []
     memory = None
     if counts is not None:
         if counts.where != "X":
-            command += ["--layer", counts.where.removeprefix("layers/")]
+            for words in filter(None, (command, comparison)):
+                words += ["--layer", counts.where.removeprefix("layers/")]
         if keys["batch"] and (ratio := _depth_ratio(counts, stored.obs[keys["batch"][0]])) > _DEPTH_RATIO:
             problems.append(
                 f"Median library sizes differ {ratio:.1f}-fold between the levels of {keys['batch'][0]!r}: take "
@@ -143,6 +151,7 @@ def make_report(stored: StoredAnnData) -> Report:
         counts=counts,
         memory_mb=memory,
         command=shlex.join(command),
+        comparison=shlex.join(comparison),
     )
 
 
@@ -196,6 +205,9 @@ def print_report(report: Report, out: Console) -> None:
         out.print(f"\nmemory for an integration: about {report.memory_mb / 1024:.1f} GB", highlight=False)
     out.print("to begin with:" if report.memory_mb is not None else "\nwith counts, to begin with:")
     out.print(Text(f"  {report.command}"), soft_wrap=True)
+    if report.comparison:
+        out.print("to find the genes that differ:")
+        out.print(Text(f"  {report.comparison}"), soft_wrap=True)
 
 
 def _choose_counts(matrices: list[MatrixFacts]) -> MatrixFacts | None:

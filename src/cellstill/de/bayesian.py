@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-from scipy.special import stdtrit
+from scipy.special import polygamma, stdtrit
 
 from cellstill.de.design import make_design
+from cellstill.de.draws import PRIOR_COUNTS, Draw, replicate_counts, replicate_rates
+from cellstill.de.floor import estimate_floor
 from cellstill.de.posterior import expected_fdr, moderate_variances, prob_effect
+from cellstill.de.pseudosamples import deal_cells
 from cellstill.de.result import Contrast, DEResult, direction
-from cellstill.de.units import Units, check_lengths, column_names
+from cellstill.de.trend import variance_trend
+from cellstill.de.units import check_lengths, column_names
 from cellstill.errors import InvalidArgumentError
-
-Draw = Iterable[tuple[np.ndarray, np.ndarray]]
-"""One posterior draw, chunk by chunk: ``(rows, rates)``, positions in ``obs``, shape ``(n,)``, and the expected share
-of each gene in those cells' counts, shape ``(n, n_genes)``, all under the same dropout mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class BayesianConfig:
         not memory; the uncertainty from having few donors does not shrink with them.
     delta
         Effect floor, log2: ``prob_de`` is the probability of ``|LFC| > delta``. Larger calls fewer genes; 0 asks for
-        any effect at all.
+        any effect at all. ``None`` estimates it as twice the spread of the effects of the bulk of the genes
+        (:func:`~cellstill.de.floor.estimate_floor`), and reports it in the result's ``params`` and ``notes``.
     credible_mass
         Mass of the intervals; larger is wider.
     fdr
@@ -48,7 +49,7 @@ class BayesianConfig:
     batch_size
         Cells decoded at a time. Larger is faster until memory runs out; the result does not depend on it.
     seed
-        Seed of the dropout masks.
+        Seed of the dropout masks, and of what deals cells into pseudo-samples.
     target_batch
         Batch, or batches (averaged), as which all cells are decoded; ``None`` averages over all of the model's.
 
@@ -59,7 +60,7 @@ class BayesianConfig:
     """
 
     n_samples: int = 100
-    delta: float = 0.25
+    delta: float | None = 0.25
     credible_mass: float = 0.95
     fdr: float = 0.05
     min_cells_per_sample: int = 10
@@ -71,7 +72,7 @@ class BayesianConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("n_samples", 2), ("min_cells_per_sample", 1), ("batch_size", 1), ("delta", 0)):
-            if not getattr(self, name) >= least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} has to be at least {least}.")
         for name in ("credible_mass", "fdr", "pseudo_rate"):
             if not 0 < getattr(self, name) < 1:
@@ -87,14 +88,16 @@ def bayesian_de(
     groupby: str,
     group1: str,
     group2: str,
-    sample_key: str,
+    sample_key: str | None,
     batch_key: str | None = None,
+    counts: Any = None,
     config: BayesianConfig | None = None,
 ) -> DEResult:
     r"""Compare two groups by posterior draws of expression, with donors as the unit.
 
-    Of each draw only the mean of the rates over the cells of each donor (a sample within a group) is formed; their
-    log2 is regressed on the design, whose last coefficient is the log fold change (difference of the group means where
+    Of each draw only the mean of the rates over the cells of each donor (a sample within a group) is formed, and with
+    ``counts`` corrected by what the donor's own counts say (:func:`~cellstill.de.draws.replicate_rates`); their log2 is
+    regressed on the design, whose last coefficient is the log fold change (difference of the group means where
     nothing else is in it). What a finite number of donors leaves open and what the model leaves open are combined as
     in multiple imputation (Rubin, 1987): with :math:`\hat\Delta_s` and residual variance :math:`s^2_s` of draw
     :math:`s = 1..S`,
@@ -110,6 +113,11 @@ def bayesian_de(
     sampling error of their own. The Bayesian bootstrap of donors (Rubin, 1981) is not used: with 2, 4 or 8 donors per
     group its 95 % intervals cover 59, 82 or 89 %.
 
+    With counts, variances are moderated towards those of genes with as many counts
+    (:func:`~cellstill.de.trend.variance_trend`), and :math:`v \tilde s^2` is no smaller than what counting alone leaves
+    open, :math:`\sum_u w_u^2 \psi'(x_u + \tfrac12) / \ln^2 2` with the contrast's weights :math:`w`: donors without a
+    count of a gene agree, but nothing is known of them.
+
     ``lfc_mean, ci_low, ci_high`` are of this posterior: gene by gene, intervals cover as they say, effect or not.
     ``prob_de`` and ``fdr``, which choose among thousands of genes, also use how rare effects are among them
     (:func:`~cellstill.de.posterior.prob_effect`), and are as calibrated as that prior fits.
@@ -118,9 +126,10 @@ def bayesian_de(
     ----------
     draws
         Posterior draws, each an iterable of chunks ``(rows, rates)``: positions in ``obs``, shape ``(n,)``, and
-        expected shares of each gene, shape ``(n, n_genes)``, non-negative. Each draw has to cover every cell of the two
-        groups once (see :func:`~cellstill.de.comparison_cells`); other cells are ignored. Consumed once; generators
-        do. Nothing is asked of them if an argument is wrong.
+        expected shares of each gene, shape ``(n, n_genes)``, non-negative. With ``counts``, chunks are
+        ``(rows, rates, expected)``, with the counts that the draw expects of these cells as they were measured. Each
+        draw has to cover every cell of the two groups once (see :func:`~cellstill.de.comparison_cells`); other cells
+        are ignored. Consumed once; generators do. Nothing is asked of them if an argument is wrong.
     obs
         Annotation of the cells.
     gene_names
@@ -129,9 +138,14 @@ def bayesian_de(
         Column of ``obs``, and the two of its values to compare; fold changes are log2 of group1 over group2.
     sample_key
         Column that names donors or samples. Donors in both groups are compared with themselves
-        (:func:`~cellstill.de.design.make_design`).
+        (:func:`~cellstill.de.design.make_design`). ``None`` takes cells as the replicates, with a warning: they are
+        dealt at random into pseudo-samples (:func:`~cellstill.de.pseudosamples.deal_cells`), so that intervals and
+        probabilities speak of the donors at hand, and not of the population they come from.
     batch_key
-        Column for a batch term in the design. Rates decoded as one batch need none, hence ``None``.
+        Column for a batch term in the design; ``None`` for rates that hold nothing of the batch.
+    counts
+        Raw counts of the cells, shape ``(n_obs, n_genes)``: CSR, CSC, dense, or backed by a file; read once. Decoded
+        expression is smoother than that of donors, and without their counts intervals are far too narrow.
     config
         See :class:`BayesianConfig`.
 
@@ -145,9 +159,14 @@ def bayesian_de(
         Unknown columns or groups, missing values, fewer than two donors in a group, confounded terms, fewer than two
         draws, or draws that are not as described.
 
+    Warns
+    -----
+    CellstillWarning
+        ``sample_key`` is ``None``.
+
     Notes
     -----
-    Memory: one array of donors x genes and five of genes, whatever the number of draws and cells.
+    Memory: a few arrays of donors x genes, whatever the number of draws and cells.
 
     Limits: both groups are taken to vary alike around their means. With equal numbers of donors this is harmless; with
     2 donors against 8, the 2 with four times the variance, 95 % intervals cover 80 %. Donors weigh the same, however
@@ -155,6 +174,16 @@ def bayesian_de(
     """
     config = config or BayesianConfig()
     contrast = Contrast(groupby, str(group1), str(group2))
+    remarks: tuple[str, ...] = ()
+    if sample_key is None:
+        obs, sample_key, note = deal_cells(
+            obs,
+            contrast,
+            within=[key for key in (batch_key, *config.covariate_keys) if key is not None],
+            min_cells=config.min_cells_per_sample,
+            seed=config.seed,
+        )
+        remarks = (note,)
     units, design = make_design(
         obs,
         contrast,
@@ -163,6 +192,9 @@ def bayesian_de(
         covariate_keys=config.covariate_keys,
         min_cells=config.min_cells_per_sample,
     )
+    if counts is not None:
+        check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
+    observed = None if counts is None else replicate_counts(counts, units)
     basis, _ = np.linalg.qr(design.matrix)
     weights = np.linalg.pinv(design.matrix)[-1]
     df = design.matrix.shape[0] - design.matrix.shape[1]
@@ -170,7 +202,7 @@ def bayesian_de(
     n_draws = 0
     mean, squares, variance = (np.zeros(len(gene_names)) for _ in range(3))
     for n_draws, draw in enumerate(draws, start=1):
-        log_rates = np.log2(_donor_means(draw, units, gene_names) + config.pseudo_rate)
+        log_rates = np.log2(replicate_rates(draw, units, gene_names, observed) + config.pseudo_rate)
         residuals = log_rates - basis @ (basis.T @ log_rates)
         variance += (np.square(residuals).sum(axis=0) / df - variance) / n_draws
         change = weights @ log_rates - mean
@@ -179,10 +211,19 @@ def bayesian_de(
     if n_draws < 2:
         raise InvalidArgumentError(f"draws held {n_draws}; at least 2 are needed to know how much they differ.")
 
-    moderated, total_df = moderate_variances(variance, df)
-    scale = np.sqrt(moderated * (weights @ weights) + (1 + 1 / n_draws) * squares / (n_draws - 1))
+    trend = 1.0 if observed is None else variance_trend(variance, np.log(observed.mean(axis=0) + PRIOR_COUNTS))
+    moderated, total_df = moderate_variances(variance / trend, df)
+    between_donors = moderated * trend * (weights @ weights)
+    if observed is not None:
+        counting = polygamma(1, observed + PRIOR_COUNTS) / np.log(2) ** 2
+        between_donors = np.maximum(between_donors, weights**2 @ counting)
+    scale = np.sqrt(between_donors + (1 + 1 / n_draws) * squares / (n_draws - 1))
+    delta = config.delta
+    if delta is None:
+        delta = estimate_floor(mean, scale, total_df)
+        remarks += (f"delta was estimated: {delta:.3g}, twice the spread of the effects of the bulk of the genes.",)
     half_width = stdtrit(total_df, 0.5 + config.credible_mass / 2) * scale
-    prob = prob_effect(mean, scale, total_df, config.delta)
+    prob = prob_effect(mean, scale, total_df, delta)
     fdr = expected_fdr(prob)
     is_de = fdr <= config.fdr
     table = pd.DataFrame(
@@ -204,30 +245,6 @@ def bayesian_de(
         method="bayesian",
         units=units.table.assign(n_cells=units.n_cells),
         left_out=units.left_out,
-        params={**asdict(config), "n_samples": n_draws},
-        notes=design.notes,
+        params={**asdict(config), "n_samples": n_draws, "delta": delta},
+        notes=(*remarks, *design.notes),
     )
-
-
-def _donor_means(draw: Draw, units: Units, gene_names: Sequence[str]) -> np.ndarray:
-    """Mean rates of each donor, donors x genes, after checking that the draw is whole."""
-    sums = np.zeros((len(units.table), len(gene_names)))
-    seen = np.zeros(len(units.table), dtype=np.int64)
-    for rows, rates in draw:
-        check_lengths("rows", rows, "rows of rates", rates.shape[0])
-        check_lengths("gene_names", gene_names, "columns of rates", rates.shape[1])
-        unit = units.codes[rows]
-        used = np.flatnonzero(unit >= 0)
-        indicator = sp.csr_matrix((np.ones(len(used)), (unit[used], used)), (len(units.table), len(rows)))
-        sums += indicator @ rates
-        seen += np.bincount(unit[used], minlength=len(units.table))
-    if (seen != units.n_cells).any():
-        wrong = np.flatnonzero(seen != units.n_cells)[0]
-        name = tuple(units.table.iloc[wrong, :2])
-        raise InvalidArgumentError(
-            f"A draw has {seen[wrong]} cells of {name}, which has {units.n_cells[wrong]} in obs: "
-            "each draw has to yield every cell of the two groups once."
-        )
-    if not (np.isfinite(sums) & (sums >= 0)).all():
-        raise InvalidArgumentError("rates have to be finite and non-negative: they are expected shares of the counts.")
-    return sums / units.n_cells[:, None]

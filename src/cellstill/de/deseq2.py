@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from cellstill.de.gene_tests import RATIO_NOTE, GeneTests, has_ratio_genes
 from cellstill.errors import optional_dependency
 
-_MIN_RATIO_GENES = 10
 
-
-class GeneTests(NamedTuple):
-    """What a pseudobulk method returns for the genes it was given: columns of the table, and more on the samples.
-
-    ``columns`` are ``lfc, lfc_se, p_value, fdr``, each of shape ``(n_genes,)``; ``size_factors`` has shape
-    ``(n_samples,)``; ``notes`` are sentences for the result.
-    """
-
-    columns: dict[str, np.ndarray]
-    size_factors: np.ndarray
-    notes: list[str]
-
-
-def deseq2(sums: np.ndarray, matrix: np.ndarray, *, fdr: float, lfc_threshold: float, n_cpus: int) -> GeneTests:
+def deseq2(
+    sums: np.ndarray, matrix: np.ndarray, *, fdr: float, lfc_threshold: float, shrink_lfc: bool = False, n_cpus: int = 1
+) -> GeneTests:
     """Test the last coefficient of a design with DESeq2 (Love, Huber & Anders, Genome Biol. 15:550, 2014).
 
     Size factors are medians of ratios over the genes with counts in every sample; where there are fewer than 10 of
@@ -38,10 +26,11 @@ def deseq2(sums: np.ndarray, matrix: np.ndarray, *, fdr: float, lfc_threshold: f
         Counts, samples x genes, no gene or sample without counts.
     matrix
         Design, samples x coefficients, of full rank.
-    fdr, lfc_threshold, n_cpus
+    fdr, lfc_threshold, shrink_lfc, n_cpus
         See :class:`~cellstill.de.PseudobulkConfig`.
     """
-    ratio = (sums > 0).all(axis=0).sum() >= _MIN_RATIO_GENES
+    ratio = has_ratio_genes(sums)
+    names = [f"x{column}" for column in range(matrix.shape[1])]
     samples = [str(number) for number in range(sums.shape[0])]
     genes = [str(number) for number in range(sums.shape[1])]
     # Importing pydeseq2 changes the filters for warnings of the whole process; this undoes it.
@@ -58,7 +47,7 @@ def deseq2(sums: np.ndarray, matrix: np.ndarray, *, fdr: float, lfc_threshold: f
             fit = DeseqDataSet(
                 counts=pd.DataFrame(sums, samples, genes),
                 metadata=pd.DataFrame(index=samples),
-                design=pd.DataFrame(matrix, samples, [f"x{column}" for column in range(matrix.shape[1])]),
+                design=pd.DataFrame(matrix, samples, names),
                 size_factors_fit_type="ratio" if ratio else "poscounts",
                 n_cpus=n_cpus,
                 quiet=True,
@@ -74,12 +63,15 @@ def deseq2(sums: np.ndarray, matrix: np.ndarray, *, fdr: float, lfc_threshold: f
                 quiet=True,
             )
             test.summary()
+            theirs = {"lfc": "log2FoldChange", "lfc_se": "lfcSE", "p_value": "pvalue", "fdr": "padj"}
+            columns = {ours: test.results_df[name].to_numpy(dtype=float) for ours, name in theirs.items()}
+            if shrink_lfc:
+                test.lfc_shrink(coeff=names[-1])  # overwrites the fold changes of its results
+                columns["lfc_shrunken"] = test.results_df["log2FoldChange"].to_numpy(dtype=float)
 
     notes = []
     if not ratio:
-        notes.append(f"Fewer than {_MIN_RATIO_GENES} genes have counts in every sample: 'poscounts' size factors.")
+        notes.append(RATIO_NOTE + "'poscounts' size factors.")
     for message in dict.fromkeys(str(item.message) for item in caught if item.category is UserWarning):
         notes.append(f"pydeseq2: {message}")
-    theirs = {"lfc": "log2FoldChange", "lfc_se": "lfcSE", "p_value": "pvalue", "fdr": "padj"}
-    columns = {ours: test.results_df[name].to_numpy(dtype=float) for ours, name in theirs.items()}
     return GeneTests(columns, fit.obs["size_factors"].to_numpy(), notes)

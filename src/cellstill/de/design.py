@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.de.result import Contrast
-from cellstill.de.units import Units, check_replicates, make_units
+from cellstill.de.units import Units, check_replicates, make_units, warn_left_out
 from cellstill.errors import InvalidArgumentError
 
 _TOLERANCE = 1e-6
@@ -28,11 +28,17 @@ class Design:
         The same in the names of ``obs``, such as ``"~ batch + condition"``.
     notes
         What was left out, and why.
+    strata
+        Combination of the levels of all other terms that each replicate has, as codes; ``None`` without such terms.
+    paired
+        Whether samples are among these terms, and so compared with themselves.
     """
 
     matrix: np.ndarray
     formula: str
     notes: tuple[str, ...]
+    strata: np.ndarray | None = None
+    paired: bool = False
 
 
 def make_design(
@@ -44,7 +50,42 @@ def make_design(
     covariate_keys: Sequence[str],
     min_cells: int,
 ) -> tuple[Units, Design]:
-    """Find the replicates, and build ``~ [sample] + batch + covariates + condition`` from what they can tell apart.
+    """Find the replicates, and build their design: :func:`~cellstill.de.units.make_units`, :func:`design_of_units`.
+
+    Returns
+    -------
+    The replicates used, and the design.
+
+    Warns
+    -----
+    CellstillWarning
+        Samples were left out.
+
+    Raises
+    ------
+    MissingKeyError, InvalidArgumentError
+        What either of the two refuses.
+    """
+    units = make_units(
+        obs,
+        contrast,
+        sample_key=sample_key,
+        batch_key=batch_key,
+        covariate_keys=covariate_keys,
+        min_cells=min_cells,
+    )
+    return design_of_units(units, contrast, sample_key=sample_key, batch_key=batch_key, covariate_keys=covariate_keys)
+
+
+def design_of_units(
+    units: Units,
+    contrast: Contrast,
+    *,
+    sample_key: str,
+    batch_key: str | None,
+    covariate_keys: Sequence[str],
+) -> tuple[Units, Design]:
+    """Build ``~ [sample] + batch + covariates + condition`` from what the replicates can tell apart.
 
     Text and booleans enter as levels, numbers as they are (standardised); ``batch_key`` is always a factor.
 
@@ -65,20 +106,17 @@ def make_design(
     -------
     The replicates used, and the design.
 
+    Warns
+    -----
+    CellstillWarning
+        Samples were left out, here or before; the message names them and says why.
+
     Raises
     ------
-    MissingKeyError, InvalidArgumentError
-        What :func:`~cellstill.de.units.make_units` refuses; fewer than two replicates in a group; condition confounded
-        with other terms (the message has their cross table); no residual degrees of freedom.
+    InvalidArgumentError
+        Fewer than two replicates in a group (the message has the table of samples); condition confounded with other
+        terms (the message has their cross table); no residual degrees of freedom.
     """
-    units = make_units(
-        obs,
-        contrast,
-        sample_key=sample_key,
-        batch_key=batch_key,
-        covariate_keys=covariate_keys,
-        min_cells=min_cells,
-    )
     check_replicates(units, contrast, sample_key)
     terms = [key for key in dict.fromkeys([batch_key, *covariate_keys]) if key is not None]
     notes: list[str] = []
@@ -95,6 +133,10 @@ def make_design(
     matrix, owners = _design_columns(units.table, contrast, terms)
     exact = _fitted_exactly(matrix)
     if exact.any():
+        alone = exact & (units.table.groupby(sample_key)[sample_key].transform("size") == 1).to_numpy()
+        if sample_key in terms:
+            exact = exact[~alone]
+            units = units.keep(~alone, "in one group only, while samples in both are compared with themselves")
         units = units.keep(~exact, "fitted exactly by a coefficient of its own")
         check_replicates(units, contrast, sample_key)
         matrix, owners = _design_columns(units.table, contrast, terms)
@@ -109,7 +151,14 @@ def make_design(
             constant = units.table[term].nunique() == 1
             why = "it is constant in these samples" if constant else f"{' + '.join(used)} already determines it"
             notes.append(f"{term!r} is not in the design: {why}.")
-    return units, Design(matrix=matrix, formula=f"~ {' + '.join([*used, contrast.column])}", notes=tuple(notes))
+    warn_left_out(units)
+    return units, Design(
+        matrix=matrix,
+        formula=f"~ {' + '.join([*used, contrast.column])}",
+        notes=tuple(notes),
+        strata=units.table.groupby(used).ngroup().to_numpy() if used else None,
+        paired=sample_key in used,
+    )
 
 
 def _design_columns(table: pd.DataFrame, contrast: Contrast, terms: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import digamma, ndtr, ndtri, polygamma, stdtr
+from scipy.special import fdtrc, fdtri, ndtr, ndtri, stdtr
 
 _MAX_DF = 1e6
+_DRAWN_IN = 0.05, 0.1
+_GRID = (np.arange(512) + 0.5) / 512
 _NULL_WEIGHT = 10.0
 _MAX_CENTRES = 40
 _MAX_STEPS = 2000
+_PRUNE_EVERY = 20
+_NEGLIGIBLE = 1e-9
 
 
-def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, float]:
+def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
     r"""Shrink the residual variance of each gene towards a value common to all genes.
 
     With :math:`s_g^2 \mid \sigma_g^2 \sim \sigma_g^2 \chi^2_d / d` and the prior
@@ -20,6 +24,12 @@ def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, fl
     :math:`\log s_g^2`, the posterior has :math:`d_0 + d` degrees of freedom around
     :math:`(d_0 s_0^2 + d s_g^2) / (d_0 + d)` (Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004). With few donors this is
     what makes intervals of useful width: two against two leave 2 degrees of freedom to a gene on its own.
+
+    Genes that vary far more than this prior allows, such as one that only some donors express, would be pulled to a
+    variance much too small. Both ends of the distribution of :math:`\log s_g^2` are therefore drawn in before the two
+    numbers are estimated, and a gene that the prior does not expect among as many genes gets fewer prior degrees of
+    freedom: :math:`d_0` times the ratio of its tail probability to the one expected at its rank, if that is below 1
+    (Phipson et al., Ann. Appl. Stat. 10:946, 2016).
 
     Parameters
     ----------
@@ -30,20 +40,50 @@ def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, fl
 
     Returns
     -------
-    Moderated variances, shape ``(n_genes,)``, and their degrees of freedom (at most a million, which is a normal).
+    Moderated variances, and their degrees of freedom (at most a million, which is a normal), shape ``(n_genes,)`` each.
     """
+    n_genes = len(variances)
     # A gene that happens not to vary would pull the mean logarithm to minus infinity.
     floor = max(1e-5 * np.median(variances), 1e-12)
-    logs = np.log(np.maximum(variances, floor)) - digamma(df / 2) + np.log(df / 2)
-    excess = logs.var(ddof=1) - polygamma(1, df / 2) if len(logs) > 1 else 0.0
-    if excess <= polygamma(1, _MAX_DF / 2):
-        return np.full_like(variances, np.exp(logs.mean())), _MAX_DF
-    prior_df = 2 * np.exp(brentq(lambda x: np.log(polygamma(1, np.exp(x)) / excess), -30, 30))
-    prior = np.exp(logs.mean() + digamma(prior_df / 2) - np.log(prior_df / 2))
-    return (prior_df * prior + df * variances) / (prior_df + df), min(prior_df + df, _MAX_DF)
+    logs = np.log(np.maximum(variances, floor))
+    prior, prior_df = _variance_prior(logs, df)
+    tail = fdtrc(df, prior_df, np.exp(logs) / prior)
+    expected = np.empty(n_genes)
+    expected[np.argsort(-variances, kind="stable")] = (np.arange(n_genes) + 0.5) / n_genes
+    own_df = prior_df * np.minimum(_running_max(tail / expected, -variances), 1.0)
+    moderated = (own_df * prior + df * variances) / (own_df + df)
+    return moderated, np.minimum(own_df + df, _MAX_DF)
 
 
-def prob_effect(loc: np.ndarray, scale: np.ndarray, df: float, delta: float) -> np.ndarray:
+def _variance_prior(logs: np.ndarray, df: float) -> tuple[float, float]:
+    """Location and degrees of freedom of the prior, from the bulk of the logarithms of the variances."""
+    low, high = np.quantile(logs, [_DRAWN_IN[0], 1 - _DRAWN_IN[1]])
+    drawn_in = np.clip(logs, low, high)
+
+    def expected(prior_df: float) -> tuple[float, float]:
+        # Of log F, likewise drawn in: quantiles on a grid stand for the distribution.
+        grid = np.log(fdtri(df, prior_df, _GRID))
+        ends = np.log(fdtri(df, prior_df, np.array([_DRAWN_IN[0], 1 - _DRAWN_IN[1]])))
+        grid = np.clip(grid, *ends)
+        return float(grid.mean()), float(grid.var())
+
+    spread = drawn_in.var(ddof=1) if len(logs) > 1 else 0.0
+    if spread <= expected(_MAX_DF)[1]:
+        prior_df = _MAX_DF
+    else:
+        prior_df = np.exp(brentq(lambda x: np.log(expected(np.exp(x))[1] / spread), np.log(0.05), np.log(_MAX_DF)))
+    return float(np.exp(drawn_in.mean() - expected(prior_df)[0])), prior_df
+
+
+def _running_max(values: np.ndarray, order_by: np.ndarray) -> np.ndarray:
+    """Largest value so far in the given order: a gene that varies less than another is no more of an outlier."""
+    order = np.argsort(order_by, kind="stable")
+    result = np.empty_like(values)
+    result[order] = np.maximum.accumulate(values[order])
+    return result
+
+
+def prob_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray, delta: float) -> np.ndarray:
     r"""Posterior probability of :math:`|\Delta_g| > \delta`, knowing how rare effects are among all genes.
 
     A flat prior would call any gene known badly enough a large effect. The prior is therefore a mixture estimated from
@@ -66,25 +106,50 @@ def prob_effect(loc: np.ndarray, scale: np.ndarray, df: float, delta: float) -> 
     -------
     Probabilities, shape ``(n_genes,)``.
     """
+    joint, mean, variance = _effect_posterior(loc, scale, df)
+    sd = np.sqrt(variance)
+    beyond = ndtr((mean - delta) / sd) + ndtr((-mean - delta) / sd)
+    return np.clip((joint * beyond).sum(axis=1), 0.0, 1.0)
+
+
+def shrunken_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray) -> np.ndarray:
+    """Posterior mean of each effect under the prior of :func:`prob_effect`: drawn towards 0 as far as it is uncertain.
+
+    Parameters
+    ----------
+    loc, scale, df
+        As in :func:`prob_effect`.
+    """
+    joint, mean, _ = _effect_posterior(loc, scale, df)
+    return (joint * mean).sum(axis=1)
+
+
+def normal_scale(loc: np.ndarray, p_value: np.ndarray) -> np.ndarray:
+    """Standard error with which a normal test of each estimate has the two-sided p-value given."""
+    z = -ndtri(np.clip(p_value, 1e-300, 1 - 1e-4) / 2)
+    return np.maximum(np.abs(loc), 1e-12) / z
+
+
+def _effect_posterior(
+    loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Posterior of effects that are not 0: weight, mean and variance of each component, genes x components."""
     t = np.maximum(np.abs(loc) / scale, 1e-4)
     z = -ndtri(np.maximum(stdtr(df, -t), 1e-300))
     loc, variance = loc[:, None], (scale * t / z)[:, None] ** 2
 
-    centre, spread = _components(loc, variance)
+    centre, spread = effect_components(loc, variance)
     total = variance + spread
     log_likelihood = -0.5 * (np.log(total) + (loc - centre) ** 2 / total)
     likelihood = np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
-    weights = _mixture_weights(likelihood)
+    weights = mixture_weights(likelihood)
     joint = likelihood * weights
     joint /= joint.sum(axis=1, keepdims=True)
-
     shrink = spread[1:] / total[:, 1:]
-    mean, sd = centre[1:] + shrink * (loc - centre[1:]), np.sqrt(shrink * variance)
-    beyond = ndtr((mean - delta) / sd) + ndtr((-mean - delta) / sd)
-    return np.clip((joint[:, 1:] * beyond).sum(axis=1), 0.0, 1.0)
+    return joint[:, 1:], centre[1:] + shrink * (loc - centre[1:]), shrink * variance
 
 
-def _components(loc: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def effect_components(loc: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means and variances of the prior's components: none, around 0 in steps of sqrt(2), and along both sides."""
     typical, reach = np.sqrt(np.median(variance)), np.abs(loc).max()
     largest = 2 * max(reach, typical)
@@ -96,20 +161,26 @@ def _components(loc: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.n
     return centre, np.concatenate([[0.0], around, np.full(2 * n_centres, (step / 2) ** 2)])
 
 
-def _mixture_weights(likelihood: np.ndarray) -> np.ndarray:
+def mixture_weights(likelihood: np.ndarray) -> np.ndarray:
     """Weights of the components (the null first) by EM, from the likelihood of each gene under each."""
     n_genes, n_components = likelihood.shape
     weights = np.full(n_components, 1 / n_components)
+    alive = np.arange(n_components)
     before = -np.inf
-    for _ in range(_MAX_STEPS):
-        marginal = likelihood @ weights
+    for step in range(_MAX_STEPS):
+        marginal = likelihood @ weights[alive]
         fit = np.log(marginal).mean()
         if fit - before < 1e-7:
             break
         before = fit
-        weights = weights * (likelihood.T @ (1 / marginal))
+        weights[alive] *= likelihood.T @ (1 / marginal)
         weights[0] += _NULL_WEIGHT - 1
         weights /= n_genes + _NULL_WEIGHT - 1
+        if step % _PRUNE_EVERY == 0:
+            # Components without weight only cost time from here on.
+            gone = weights[alive] < _NEGLIGIBLE
+            weights[alive[gone]] = 0.0
+            alive, likelihood = alive[~gone], likelihood[:, ~gone]
     return weights
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Contrast(NamedTuple):
@@ -17,6 +21,11 @@ class Contrast(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.column}: {self.group1} over {self.group2}"
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """The comparison as arguments ``groupby, group1, group2``."""
+        return {"groupby": self.column, "group1": self.group1, "group2": self.group2}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,7 +46,7 @@ class DEResult:
         The model of the mean in the names of ``obs``, such as ``"~ batch + condition"``; a term that could not be
         told from the others is not in it, and ``notes`` says why.
     method
-        ``"deseq2"`` or ``"bayesian"``.
+        ``"bayesian"``, or the method of :class:`~cellstill.de.PseudobulkConfig`.
     units
         One row per replicate: sample, group, the design's other columns, and ``n_cells``.
     left_out
@@ -75,6 +84,64 @@ class DEResult:
         """Cells of each group, in the replicates used."""
         return {group: int(self.units["n_cells"][self._groups == group].sum()) for group in self.contrast[1:]}
 
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write :attr:`table` as CSV, whole or not at all; a file of that name is replaced.
+
+        What is unknown is an empty field. ``pandas.read_csv(path)`` gives the table back (to the last bit with
+        ``float_precision="round_trip"``).
+
+        Parameters
+        ----------
+        path
+            File to write; compressed if it ends in ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
+
+        Raises
+        ------
+        StoreError
+            The file cannot be written.
+        """
+        write_csv(self.table, path)
+
+    def volcano(self, *, n_labels: int = 10) -> Figure:
+        """Draw how certain each gene is against its fold change (:func:`cellstill.pl.volcano_figure`).
+
+        Parameters
+        ----------
+        n_labels
+            Genes to name, most certain first, as far as there is room.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Not shown and not registered with pyplot. Save it with ``figure.savefig(path, dpi=300)``.
+        """
+        from cellstill.pl.differential import volcano_figure
+
+        tables = {str(self.contrast): self.table}
+        return volcano_figure(tables, fdr=self.params["fdr"], threshold=floor_of(self.params), n_labels=n_labels)
+
+    def ma(self, *, n_labels: int = 10) -> Figure:
+        """Draw the fold change of each gene against its mean expression (:func:`cellstill.pl.ma_figure`).
+
+        Parameters
+        ----------
+        n_labels
+            Genes to name, most certain first, as far as there is room.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Not shown and not registered with pyplot. Save it with ``figure.savefig(path, dpi=300)``.
+
+        Raises
+        ------
+        MissingKeyError
+            The table has no ``base_mean``.
+        """
+        from cellstill.pl.differential import ma_figure
+
+        return ma_figure({str(self.contrast): self.table}, threshold=floor_of(self.params), n_labels=n_labels)
+
     @property
     def _groups(self) -> pd.Series:
         return self.units[self.contrast.column]
@@ -97,3 +164,16 @@ class DEResult:
 def direction(lfc: np.ndarray, is_de: np.ndarray) -> np.ndarray:
     """``"up"`` or ``"down"`` where ``is_de``, ``"none"`` elsewhere."""
     return np.where(is_de, np.where(lfc > 0, "up", "down"), "none")
+
+
+def floor_of(params: Mapping[str, Any]) -> float:
+    """Effect floor of a test or of a posterior probability, log2; 0 for none."""
+    return float(params.get("lfc_threshold") or params.get("delta") or 0.0)
+
+
+def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table as CSV without its index, whole or not at all."""
+    from cellstill.io.files import atomic_file
+
+    with atomic_file(path) as partial:
+        table.to_csv(partial, index=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ import numpy as np
 import pandas as pd
 
 from cellstill.de.result import Contrast
-from cellstill.errors import InvalidArgumentError, check_key, check_option
+from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
+
+_N_NAMED = 5
+_N_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,15 +30,22 @@ class Units:
         Cells of each replicate.
     left_out
         Samples that were not used: ``sample_key``, ``groupby``, ``n_cells``, ``reason``.
+    origin
+        Position of each replicate among all that :func:`make_units` found, small ones included.
     """
 
     codes: np.ndarray
     table: pd.DataFrame
     n_cells: np.ndarray
     left_out: pd.DataFrame
+    origin: np.ndarray
 
     def keep(self, used: np.ndarray, reason: str) -> Units:
-        """Leave out the replicates that are not ``used`` (a mask), and write down why."""
+        """Leave out the replicates that are not ``used`` (a mask), and write down why.
+
+        Whoever calls this has :func:`warn_left_out` called when all is done, as
+        :func:`~cellstill.de.design.design_of_units` does.
+        """
         if used.all():
             return self
         gone = self.table.iloc[~used, :2].assign(n_cells=self.n_cells[~used], reason=reason)
@@ -43,6 +54,7 @@ class Units:
             codes=renumbered[self.codes],
             table=self.table[used].reset_index(drop=True),
             n_cells=self.n_cells[used],
+            origin=self.origin[used],
             left_out=pd.concat([self.left_out, gone], ignore_index=True) if len(self.left_out) else gone,
         )
 
@@ -112,7 +124,7 @@ def make_units(
     codes[cells] = unit
     n_cells = np.bincount(unit, minlength=len(table))
     nothing = pd.DataFrame(columns=[sample_key, column, "n_cells", "reason"])
-    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing)
+    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing, origin=np.arange(len(table)))
     return units.keep(n_cells >= min_cells, f"fewer than {min_cells} cells")
 
 
@@ -122,12 +134,33 @@ def check_replicates(units: Units, contrast: Contrast, sample_key: str) -> None:
     if min(counts.values()) >= 2:
         return
     found = " and ".join(f"{group!r} has {count}" for group, count in counts.items())
-    gone = [f"{row[0]!r} in {row[1]!r} ({row[2]} cells: {row[3]})" for row in units.left_out.to_numpy()]
     raise InvalidArgumentError(
-        f"Samples are the replicates, and each group needs at least 2 of them: of obs[{sample_key!r}], {found}."
-        + (f" Left out: {', '.join(gone[:5])}{', ...' if len(gone) > 5 else ''}." if gone else "")
-        + " Check sample_key, or lower min_cells_per_sample if small samples were left out."
+        f"Samples are the replicates, and each group needs at least 2 of them: of obs[{sample_key!r}], {found}. "
+        "Check sample_key; if small samples were left out, lower min_cells_per_sample.\n"
+        + _sample_table(units, contrast)
     )
+
+
+def warn_left_out(units: Units) -> None:
+    """Warn of the samples that were left out, once, by name and reason."""
+    if not len(units.left_out):
+        return
+    lines = []
+    for reason, rows in units.left_out.groupby("reason", sort=False):
+        names = [f"{row[0]!r} in {row[1]!r} ({row[2]} cells)" for row in rows.to_numpy()[:_N_NAMED]]
+        more = f" and {len(rows) - _N_NAMED} more" if len(rows) > _N_NAMED else ""
+        lines.append(f"{', '.join(names)}{more}: {reason}.")
+    n_gone, n_used = len(units.left_out), len(units.table)
+    warnings.warn(f"{n_gone} of {n_gone + n_used} samples left out: {' '.join(lines)}", CellstillWarning, stacklevel=5)
+
+
+def _sample_table(units: Units, contrast: Contrast) -> str:
+    """All samples, used or not, a few of each group."""
+    used = units.table.iloc[:, :2].assign(n_cells=units.n_cells, reason="")
+    samples = pd.concat([used, units.left_out.astype(used.dtypes)]).rename(columns={"reason": "left out because"})
+    shown = samples.groupby(contrast.column, sort=False).head(_N_SHOWN).sort_values(contrast.column, kind="stable")
+    more = f"\n... and {len(samples) - len(shown)} more" if len(shown) < len(samples) else ""
+    return shown.to_string(index=False) + more
 
 
 def _covariate(obs: pd.DataFrame, key: str) -> pd.Series:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from cellstill.data.covariates import obs_column
-from cellstill.de import BayesianConfig, DEResult, PseudobulkConfig
+from cellstill.de import BayesianConfig, DEResult, PseudobulkConfig, StratifiedDEResult
+from cellstill.de.choice import batch_terms, check_within, choose_groups, require_samples
 from cellstill.distill.contrast import compare_groups
 from cellstill.distill.mapping import QueryMapping, learn_batches, map_cells
 from cellstill.distill.trained import Trained
@@ -82,43 +84,67 @@ class Analysis(Trained):
         self,
         groupby: str,
         group1: str,
-        group2: str,
-        sample_key: str,
+        group2: str | None = None,
+        sample_key: str | None = None,
         how: PseudobulkConfig | BayesianConfig | None = None,
-    ) -> DEResult:
+        *,
+        within: str | None = None,
+    ) -> DEResult | StratifiedDEResult:
         """Compare two groups of cells, with samples as replicates.
 
         Parameters
         ----------
         groupby, group1, group2
             Column of ``obs``, and the two of its values to compare; fold changes are log2 of group1 over group2.
+            Without ``group2``, group1 is compared with all other cells, ``"rest"``.
         sample_key
-            Column that names samples or donors.
+            Column that names samples or donors: the replicates, of which each group needs at least two. Only a
+            :class:`~cellstill.de.BayesianConfig` does without, and warns.
         how
             :class:`~cellstill.de.PseudobulkConfig` (default): raw counts summed per sample, tested with the batch in
-            the design. :class:`~cellstill.de.BayesianConfig`: decoded expression, all cells as the same batch, under
-            draws of the networks' dropout masks.
+            the design unless each batch is a single sample. :class:`~cellstill.de.BayesianConfig`: decoded expression,
+            all cells as the same batch, under draws of the networks' dropout masks.
+        within
+            Column, such as cell types, inside each level of which the comparison is made; ``None`` compares all cells
+            at once.
 
         Returns
         -------
-        Record with a tidy ``table``, the design and the contrast.
+        Record with a tidy ``table``, the design and the contrast; with ``within``, one for each level
+        (:class:`~cellstill.de.StratifiedDEResult`).
+
+        Raises
+        ------
+        MissingKeyError
+            A column does not exist.
+        InvalidArgumentError
+            A group does not exist or has too few samples, or the design cannot tell it from the batches
+            (:func:`~cellstill.de.design.design_of_units`).
         """
         how = how or PseudobulkConfig()
-        if isinstance(how, BayesianConfig):
-            target = self._batch_codes(
-                self.batch_names if how.target_batch is None else how.target_batch, "target_batch"
-            )
-        else:
-            target = None
-        return compare_groups(
-            self._fitted(),
-            self._cells(),
-            target,
-            groupby=groupby,
-            group1=group1,
-            group2=group2,
+        fitted, cells = self._fitted(), self._cells()
+        check_within(cells.obs, within, groupby=groupby, sample_key=sample_key)
+        if isinstance(how, PseudobulkConfig):
+            sample_key = require_samples(sample_key)
+        obs, contrast = choose_groups(cells.obs, groupby, group1, group2)
+        obs, batches = batch_terms(
+            obs,
+            [self._setup["batch_key"]],
+            contrast,
             sample_key=sample_key,
-            batch_key=self._setup["batch_key"],
+            within=within,
+            min_cells=how.min_cells_per_sample,
+        )
+        wanted = getattr(how, "target_batch", None)
+        target = self._batch_codes(self.batch_names if wanted is None else wanted, "target_batch") or []
+        return compare_groups(
+            fitted,
+            replace(cells, obs=obs),
+            target,
+            **contrast.arguments,
+            sample_key=sample_key,
+            batch_key=next(iter(batches), None),
+            within=within,
             how=how,
         )
 

@@ -6,6 +6,7 @@ from cellstill.pl.condensation import (
     mean_variance_figure,
     zero_fraction_figure,
 )
+from cellstill.pl.differential import ma_figure, volcano_figure
 from cellstill.pl.embedding import embedding_figure, umap_coordinates
 from cellstill.pl.retention import retention_figure
 from cellstill.pl.training import training_figure
@@ -16,9 +17,11 @@ __all__ = [
     "embedding_figure",
     "gene_panels_figure",
     "joint_umap",
+    "ma_figure",
     "mean_variance_figure",
     "retention_figure",
     "training_figure",
     "umap_coordinates",
+    "volcano_figure",
     "zero_fraction_figure",
 ]

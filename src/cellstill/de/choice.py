@@ -1,0 +1,172 @@
+"""What the entry points share: the groups to compare, the levels to compare them in, and the batches of the design."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cellstill.de.result import Contrast
+from cellstill.de.units import comparison_cells, text_column
+from cellstill.errors import InvalidArgumentError, check_key, check_option
+
+REST = "rest"
+_ONE_EACH = "one per sample"
+
+
+def choose_groups(
+    obs: pd.DataFrame, groupby: str, group1: str, group2: str | None = None
+) -> tuple[pd.DataFrame, Contrast]:
+    """Find the two groups of a comparison.
+
+    Parameters
+    ----------
+    obs
+        Annotation of the cells.
+    groupby, group1, group2
+        Column, and the two of its values to compare; without ``group2``, group1 is compared with all other cells.
+
+    Returns
+    -------
+    ``obs`` with the column as text, and the comparison. Without ``group2``, all other cells are called ``"rest"`` in a
+    copy of ``obs``.
+
+    Raises
+    ------
+    MissingKeyError, InvalidArgumentError
+        No such column, no such group, twice the same group, or cells without a group.
+    """
+    values = text_column(obs, groupby, "groupby")
+    if group2 is None:
+        check_option("group1", str(group1), sorted(set(values)))
+        if str(group1) == REST:
+            raise InvalidArgumentError(
+                f"group1={group1!r} is also what all other cells are called if there is no group2. Name group2, or "
+                "rename the group."
+            )
+        values, group2 = values.where(values == str(group1), REST), REST
+    obs = obs.assign(**{groupby: values})
+    comparison_cells(obs, groupby=groupby, group1=group1, group2=group2)
+    return obs, Contrast(groupby, str(group1), str(group2))
+
+
+def choose_cells(
+    obs: pd.DataFrame, idx1: np.ndarray | Sequence[int], idx2: np.ndarray | Sequence[int] | None = None
+) -> tuple[pd.DataFrame, Contrast]:
+    """Make groups ``"idx1"`` and ``"idx2"`` in a column ``"idx"`` from positions or masks of cells.
+
+    Parameters
+    ----------
+    obs
+        Annotation of the cells.
+    idx1, idx2
+        Cells of the first group, and of the second; without ``idx2``, all others.
+
+    Returns
+    -------
+    A copy of ``obs`` with the column, and the comparison.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A group has no cell, or they have cells in common.
+    IndexError
+        A cell does not exist, or a mask is of another length.
+    """
+    from cellstill.data.selection import cell_positions  # its package imports torch, which nothing else here needs
+
+    first = cell_positions(idx1, len(obs))
+    second = np.setdiff1d(np.arange(len(obs)), first) if idx2 is None else cell_positions(idx2, len(obs))
+    both = np.intersect1d(first, second)
+    if len(both):
+        raise InvalidArgumentError(
+            f"idx1 and idx2 have {len(both)} cells in common (position {both[0]}, ...). A cell can be in one group."
+        )
+    groups = np.full(len(obs), "neither", dtype=object)
+    groups[first], groups[second] = "idx1", "idx2"
+    return choose_groups(obs.assign(idx=groups), "idx", "idx1", "idx2")
+
+
+def check_within(obs: pd.DataFrame, within: str | None, *, groupby: str, sample_key: str | None) -> None:
+    """Raise unless ``within`` is ``None`` or a column of its own."""
+    if within is None:
+        return
+    check_key("within", within, "obs", obs.columns)
+    for argument, column in (("groupby", groupby), ("sample_key", sample_key)):
+        if within == column:
+            raise InvalidArgumentError(
+                f"within and {argument} are both {within!r}: inside each of its levels there would be nothing left to "
+                "compare. Name the column of the cell types, or of what else the comparison is to be made inside."
+            )
+
+
+def require_samples(sample_key: str | None) -> str:
+    """Return the column of the samples, or raise if none was named."""
+    if sample_key is None:
+        raise InvalidArgumentError(
+            "sample_key is missing. Name the column of obs with the samples or donors, which are the replicates: "
+            "cells of one sample share what is particular to it, and tested as if they were independent they turn "
+            "differences between donors into differences between groups."
+        )
+    return sample_key
+
+
+def batch_terms(
+    obs: pd.DataFrame,
+    keys: Sequence[str],
+    contrast: Contrast,
+    *,
+    sample_key: str | None,
+    within: str | None,
+    min_cells: int,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Choose the batches of a model that the design of a comparison can use.
+
+    Batches that have one sample each, as is common, only tell samples apart; the samples stand for them, and a term of
+    the design would leave nothing to compare. Such a column is left out. Inside the levels of ``within`` this is
+    decided for each level: where it would only tell samples apart its value becomes ``"one per sample"``, so that the
+    design of that level drops it.
+
+    Parameters
+    ----------
+    obs
+        Annotation of the cells.
+    keys
+        Columns with batches.
+    contrast
+        The comparison; only cells of its groups count.
+    sample_key
+        Column with the samples; without it all ``keys`` are used.
+    within
+        Column with the levels inside which the comparison is made.
+    min_cells
+        Samples with fewer cells (in their group and level) do not count.
+
+    Returns
+    -------
+    ``obs`` with the columns of batches as text, and the names of those to use.
+
+    Raises
+    ------
+    MissingKeyError, InvalidArgumentError
+        A column does not exist, or a cell has no batch.
+    """
+    keys = [key for key in dict.fromkeys(keys) if key not in (contrast.column, sample_key, within)]
+    obs = obs.assign(**{key: text_column(obs, key, "batch_key") for key in keys})
+    if sample_key is None:
+        return obs, keys
+    check_key("sample_key", sample_key, "obs", obs.columns)
+    level = pd.Series("", index=obs.index) if within is None else obs[within].astype(str)
+    group, sample = (obs[key].astype(str) for key in (contrast.column, sample_key))
+    frame = pd.DataFrame({"level": level, "group": group, "sample": sample} | {f"key/{key}": obs[key] for key in keys})
+    frame = frame[frame["group"].isin(contrast[1:])]
+    frame = frame[frame.groupby(["level", "group", "sample"])["level"].transform("size") >= min_cells]
+    used = []
+    for key in keys:
+        n_samples = frame.groupby(["level", f"key/{key}"])["sample"].nunique()
+        spanning = n_samples[n_samples > 1].index.unique("level")
+        if len(spanning):
+            used.append(key)
+            obs[key] = np.where(level.isin(spanning), obs[key], _ONE_EACH)
+    return obs, used

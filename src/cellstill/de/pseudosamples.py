@@ -1,0 +1,81 @@
+"""Cells as replicates, where nothing is known of donors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from cellstill.de.result import Contrast
+from cellstill.de.units import comparison_cells, text_column
+from cellstill.errors import CellstillWarning
+
+_N_PER_GROUP = 10
+
+
+def deal_cells(
+    obs: pd.DataFrame, contrast: Contrast, *, within: Sequence[str], min_cells: int, seed: int
+) -> tuple[pd.DataFrame, str, str]:
+    r"""Deal the cells of each group at random into pseudo-samples, about ten per group.
+
+    The means of :math:`K` random parts of :math:`n` independent cells with variance :math:`\sigma^2` vary by
+    :math:`\sigma^2 K / n`, so that the variance of their mean, :math:`\sigma^2 / n`, is that of the mean of all cells:
+    what is computed from pseudo-samples is the inference with cells as the unit, with the degrees of freedom of
+    :math:`K` parts. What the cells of a donor share is not in it.
+
+    Parameters
+    ----------
+    obs
+        Annotation of the cells.
+    contrast
+        Column and groups.
+    within
+        Columns of the design: a pseudo-sample has one value of each.
+    min_cells
+        Fewest cells of a pseudo-sample, where a group has that many in each combination of ``within``; groups of fewer
+        than ten times that number get fewer pseudo-samples.
+    seed
+        Seed of the deal.
+
+    Returns
+    -------
+    obs
+        A copy, with the pseudo-samples.
+    sample_key
+        Their column.
+    note
+        What was done, for the result.
+    """
+    column, *groups = contrast
+    cells = comparison_cells(obs, groupby=column, group1=contrast.group1, group2=contrast.group2)
+    group = text_column(obs.iloc[cells], column, "groupby")
+    levels = [group, *(text_column(obs.iloc[cells], key, "batch_key or covariate_keys") for key in within)]
+    stratum = pd.Series(range(len(cells))).groupby([level.to_numpy() for level in levels]).ngroup().to_numpy()
+    size = {name: max(min_cells, int(np.ceil((group == name).sum() / _N_PER_GROUP))) for name in groups}
+
+    rng = np.random.default_rng(seed)
+    names = np.full(len(obs), "", dtype=object)
+    for code in range(stratum.max() + 1):
+        members = rng.permutation(np.flatnonzero(stratum == code))
+        name = group.iloc[members[0]]
+        n_parts = max(1, len(members) // size[name])
+        for part, rows in enumerate(np.array_split(members, n_parts)):
+            names[cells[rows]] = f"{name} {code}.{part}"
+    sample_key = "pseudo_sample"
+    while sample_key in obs.columns:
+        sample_key += "_"
+    note = (
+        "Cells, not donors, are the replicates (sample_key=None): intervals, probabilities and FDR speak of these "
+        f"cells, dealt at random into {len(set(names[cells]))} pseudo-samples, and not of other donors. What the cells "
+        "of a donor share passes for an effect of the group."
+    )
+    warnings.warn(
+        "sample_key=None takes cells as the replicates. Cells of one donor are not replicates of the group: "
+        "differences between donors will be called differences between groups. Name the column of the donors if there "
+        "is one.",
+        CellstillWarning,
+        stacklevel=3,
+    )
+    return obs.assign(**{sample_key: names}), sample_key, note

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from cellstill.de import PseudobulkConfig, pseudobulk_de
+from cellstill.de.borrowing import shared_effects
+from cellstill.de.posterior import expected_fdr, prob_effect
+from cellstill.errors import InvalidArgumentError
+
+ERRORS = np.array([0.15, 0.2, 0.35, 0.8])
+
+
+def draw(pattern: str, seed: int, correlation: float = 0.2, n_genes: int = 1500):
+    """True effects, estimates and errors of genes in four levels, with errors that levels have in common."""
+    rng = np.random.default_rng(seed)
+    n_levels = len(ERRORS)
+    size = rng.choice([-1, 1], n_genes) * (0.3 + np.abs(rng.normal(0, 0.8, n_genes)))
+    own = rng.choice([-1, 1], (n_genes, n_levels)) * (0.3 + np.abs(rng.normal(0, 0.8, (n_genes, n_levels))))
+    true = {
+        "same": size[:, None] * np.ones(n_levels),
+        "similar": size[:, None] * np.exp(rng.normal(0, 0.4, (n_genes, n_levels))),
+        "unrelated": own * (rng.random((n_genes, n_levels)) < 0.4),
+        "not_in_the_last": size[:, None] * np.array([1, 1, 1, 0]),
+        "nothing": np.zeros((n_genes, n_levels)),
+    }[pattern] * (rng.random(n_genes) < 0.15)[:, None]
+    errors = ERRORS * np.exp(rng.normal(0, 0.3, (n_genes, n_levels)))
+    covariance = correlation + (1 - correlation) * np.eye(n_levels)
+    return true, true + errors * rng.multivariate_normal(np.zeros(n_levels), covariance, n_genes), errors
+
+
+def called(effects, errors):
+    _, prob = shared_effects(effects, errors)
+    return np.column_stack([expected_fdr(column) <= 0.05 for column in prob.T])
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.2], ids=["independent_errors", "common_errors"])
+@pytest.mark.parametrize("pattern", ["same", "similar", "unrelated"])
+def test_calls_are_false_no_more_often_than_they_say(pattern, correlation):
+    false, calls, found, alone, effects_there = (np.zeros(4) for _ in range(5))
+    for seed in range(3):
+        true, effects, errors = draw(pattern, seed, correlation)
+        is_called = called(effects, errors)
+        false += (is_called & (true == 0)).sum(axis=0)
+        calls += is_called.sum(axis=0)
+        found += (is_called & (true != 0)).sum(axis=0)
+        by_itself = [expected_fdr(prob_effect(effects[:, j], errors[:, j], 1e6, 0.0)) <= 0.05 for j in range(4)]
+        alone += (np.column_stack(by_itself) & (true != 0)).sum(axis=0)
+        effects_there += (true != 0).sum(axis=0)
+    assert (false / np.maximum(calls, 50) < 0.085).all()
+    recall, recall_alone = found / effects_there, alone / effects_there
+    if pattern == "unrelated":
+        assert (recall > recall_alone - 0.05).all()
+    else:
+        assert recall[3] > 4 * recall_alone[3]
+        assert recall[3] > 0.3
+
+
+def test_a_level_without_effects_borrows_none():
+    _, effects, errors = draw("not_in_the_last", 0)
+    is_called = called(effects, errors)
+    assert is_called[:, 3].sum() <= 1
+    assert is_called[:, 0].sum() > 150
+
+
+def test_where_nothing_moves_nothing_is_called():
+    assert sum(called(*draw("nothing", seed)[1:]).sum() for seed in range(4)) <= 1
+
+
+def test_means_are_nearer_the_truth_than_estimates():
+    true, effects, errors = draw("similar", 1)
+    mean, _ = shared_effects(effects, errors)
+    assert (np.square(mean - true).mean(axis=0) < 0.4 * np.square(effects - true).mean(axis=0)).all()
+    assert np.square(mean - true).mean(axis=0)[3] < 0.06 * np.square(effects - true).mean(axis=0)[3]
+
+
+def test_genes_tested_in_one_level_only_and_orders_are_handled():
+    _, effects, errors = draw("same", 2)
+    effects[:200, 1:] = errors[:200, 1:] = np.nan
+    mean, prob = shared_effects(effects, errors)
+    assert (mean[:200, 1:] == 0).all()
+    assert (prob[:200, 1:] == 0).all()
+    assert np.isfinite(mean).all()
+    order = np.random.default_rng(0).permutation(len(effects))
+    again, _ = shared_effects(effects[order][:, ::-1], errors[order][:, ::-1])
+    np.testing.assert_allclose(again[:, ::-1], mean[order], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def types():
+    """One large and one small cell type with the same effects, eight donors."""
+    rng = np.random.default_rng(0)
+    n_genes = 400
+    lfc = np.where(np.arange(n_genes) < 60, rng.choice([-1.0, 1.0], n_genes) * rng.uniform(0.8, 1.6, n_genes), 0.0)
+    base = np.exp(rng.normal(0, 1, n_genes))
+    blocks, rows = [], []
+    for kind, n_cells in (("large", 60), ("small", 6)):
+        for donor in range(8):
+            own = np.exp(rng.normal(0, 0.1, n_genes))
+            mean = base * own * 2 ** (lfc * (donor % 2))
+            blocks.append(rng.poisson(mean * rng.gamma(3.0, 1 / 3, (n_cells, n_genes))))
+            rows += [(f"d{donor}", "treated" if donor % 2 else "control", kind)] * n_cells
+    obs = pd.DataFrame(rows, columns=["donor", "condition", "cell_type"])
+    return sp.csr_matrix(np.concatenate(blocks)), obs, [f"g{i}" for i in range(n_genes)], lfc
+
+
+def test_a_small_cell_type_learns_from_a_large_one(types):
+    counts, obs, genes, lfc = types
+    arguments = {"groupby": "condition", "group1": "treated", "group2": "control", "sample_key": "donor"}
+    alone, together = (
+        pseudobulk_de(
+            counts,
+            obs,
+            genes,
+            **arguments,
+            within="cell_type",
+            config=PseudobulkConfig(min_cells_per_sample=3, borrow=borrow),
+        )
+        for borrow in (False, True)
+    )
+    before, after = alone["small"].table, together["small"].table
+    assert after["is_de"][lfc != 0].mean() > 1.3 * before["is_de"][lfc != 0].mean()
+    assert after["is_de"][lfc == 0].sum() <= 3
+    np.testing.assert_array_equal(after["fdr_alone"], before["fdr"])
+    for column in ("lfc", "lfc_se", "p_value"):
+        np.testing.assert_array_equal(after[column], before[column])
+    moved = after["is_de"]
+    assert (np.sign(after["lfc_borrowed"][moved]) == np.where(after["direction"][moved] == "up", 1, -1)).all()
+    assert any("fdr_alone" in note for note in together.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"within": None}, "borrow=True needs within="),
+        ({"rows": "large"}, "needs two levels of 'cell_type'"),
+    ],
+    ids=["no_levels", "one_level"],
+)
+def test_what_cannot_be_borrowed_is_said(types, change, message):
+    counts, obs, genes, _ = types
+    arguments = {"groupby": "condition", "group1": "treated", "group2": "control", "sample_key": "donor"}
+    arguments |= {"within": "cell_type", "config": PseudobulkConfig(borrow=True, min_cells_per_sample=3)}
+    rows = np.flatnonzero(obs["cell_type"] == change.get("rows", obs["cell_type"]))
+    arguments |= {key: value for key, value in change.items() if key != "rows"}
+    with pytest.raises(InvalidArgumentError, match=message):
+        pseudobulk_de(counts[rows], obs.iloc[rows], genes, **arguments)
+
+
+def test_an_effect_floor_and_borrowing_exclude_each_other():
+    with pytest.raises(InvalidArgumentError, match="Set lfc_threshold=0"):
+        PseudobulkConfig(borrow=True, lfc_threshold=1.0)

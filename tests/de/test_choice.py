@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cellstill.de import Contrast
+from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, require_samples
+from cellstill.errors import InvalidArgumentError, MissingKeyError
+
+
+@pytest.fixture
+def obs():
+    return pd.DataFrame({"kind": pd.Categorical(list("abcab"), categories=list("zcba")), "n": [1, 2, 2, 3, 1]})
+
+
+def test_two_groups_are_taken_as_they_are(obs):
+    chosen, contrast = choose_groups(obs, "n", 2, 1)
+    assert contrast == Contrast("n", "2", "1")
+    assert contrast.arguments == {"groupby": "n", "group1": "2", "group2": "1"}
+    assert chosen["n"].tolist() == ["1", "2", "2", "3", "1"]
+    assert obs["n"].tolist() == [1, 2, 2, 3, 1]
+
+
+def test_without_a_second_group_the_first_is_compared_with_the_rest(obs):
+    chosen, contrast = choose_groups(obs, "kind", "a")
+    assert contrast == Contrast("kind", "a", "rest")
+    assert chosen["kind"].tolist() == ["a", "rest", "rest", "a", "rest"]
+    assert obs["kind"].tolist() == list("abcab")
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (("kind", "z"), InvalidArgumentError, "group1='z' is not known. Use one of: 'a', 'b', 'c'"),
+        (("kind", "a", "z"), InvalidArgumentError, "group2='z' is not known"),
+        (("kind", "a", "a"), InvalidArgumentError, "group1 and group2 are both 'a'"),
+        (("type", "a"), MissingKeyError, "groupby='type' is not in obs"),
+    ],
+    ids=["empty_category", "unknown", "twice", "no_column"],
+)
+def test_groups_that_are_not_there_are_named(obs, groups, error, message):
+    with pytest.raises(error, match=message):
+        choose_groups(obs, *groups)
+
+
+def test_a_group_called_rest_and_a_column_of_one_value_cannot_be_compared_with_the_rest():
+    with pytest.raises(InvalidArgumentError, match="group1='rest' is also what all other cells are called"):
+        choose_groups(pd.DataFrame({"state": ["rest", "act"]}), "state", "rest")
+    with pytest.raises(InvalidArgumentError, match="group2='rest' is not known. Use one of: 'a'"):
+        choose_groups(pd.DataFrame({"state": ["a", "a"]}), "state", "a")
+
+
+@pytest.mark.parametrize("idx2", [[4, 1], np.array([False, True, False, False, True])], ids=["positions", "mask"])
+def test_cells_by_position_become_groups(obs, idx2):
+    chosen, contrast = choose_cells(obs, [2, 0], idx2)
+    assert contrast == Contrast("idx", "idx1", "idx2")
+    assert chosen["idx"].tolist() == ["idx1", "idx2", "idx1", "neither", "idx2"]
+    assert choose_cells(obs, [2, 0])[0]["idx"].tolist() == ["idx1", "idx2", "idx1", "idx2", "idx2"]
+    assert list(obs) == ["kind", "n"]
+    with pytest.raises(InvalidArgumentError, match=r"idx1 and idx2 have 1 cells in common \(position 4"):
+        choose_cells(obs, [3, 4], idx2)
+
+
+def test_within_has_to_be_a_column_of_its_own(obs):
+    check_within(obs, None, groupby="kind", sample_key="n")
+    with pytest.raises(InvalidArgumentError, match="within and groupby are both 'kind'"):
+        check_within(obs, "kind", groupby="kind", sample_key="n")
+    with pytest.raises(InvalidArgumentError, match="within and sample_key are both 'n'"):
+        check_within(obs, "n", groupby="kind", sample_key="n")
+    with pytest.raises(MissingKeyError, match="within='type' is not in obs. obs has: 'kind', 'n'"):
+        check_within(obs, "type", groupby="kind", sample_key="n")
+
+
+def test_samples_are_required():
+    assert require_samples("donor") == "donor"
+    with pytest.raises(InvalidArgumentError, match="sample_key is missing. Name the column"):
+        require_samples(None)
+
+
+def cells(samples: list[tuple], n_cells: int = 5) -> pd.DataFrame:
+    rows = [sample for sample in samples for _ in range(n_cells)]
+    return pd.DataFrame(rows, columns=["sample", "group", "batch", "type"]).sample(frac=1, random_state=0)
+
+
+CONTRAST = Contrast("group", "t", "c")
+ASKED = {"sample_key": "sample", "within": None, "min_cells": 5}
+
+
+def test_batches_of_one_sample_each_are_not_used():
+    shared = cells([(f"s{i}", "tc"[i % 2], "xy"[i // 2], "B") for i in range(4)])
+    assert batch_terms(shared, ["batch"], CONTRAST, **ASKED)[1] == ["batch"]
+    single = cells([(f"s{i}", "tc"[i % 2], f"lane{i}", "B") for i in range(4)])
+    assert batch_terms(single, ["batch"], CONTRAST, **ASKED)[1] == []
+    assert batch_terms(single, ["batch"], CONTRAST, **{**ASKED, "sample_key": None})[1] == ["batch"]
+    # What the second sample of a batch is in another group, or has too few cells, does not count.
+    other = pd.concat([single, cells([("s8", "other", "lane0", "B")])])
+    assert batch_terms(other, ["batch"], CONTRAST, **ASKED)[1] == []
+    few = pd.concat([single, cells([("s8", "t", "lane0", "B")], 4)])
+    assert batch_terms(few, ["batch"], CONTRAST, **ASKED)[1] == []
+    assert batch_terms(few, ["batch"], CONTRAST, **{**ASKED, "min_cells": 4})[1] == ["batch"]
+
+
+def test_the_columns_of_the_comparison_are_no_batches():
+    shared = cells([(f"s{i}", "tc"[i % 2], "xy"[i // 2], "B") for i in range(4)])
+    keys = ["batch", "group", "sample", "type", "batch"]
+    assert batch_terms(shared, keys, CONTRAST, **{**ASKED, "within": "type"})[1] == ["batch"]
+
+
+def test_inside_levels_a_batch_is_kept_where_it_spans_samples():
+    shared = [(f"s{i}", "tc"[i % 2], "xy"[i // 2], "B") for i in range(4)]
+    single = [("s0", "t", "x", "T"), ("s3", "c", "y", "T")]
+    obs = cells([*shared, *single])
+    chosen, used = batch_terms(obs, ["batch"], CONTRAST, **{**ASKED, "within": "type"})
+    assert used == ["batch"]
+    is_b = (obs["type"] == "B").to_numpy()
+    np.testing.assert_array_equal(chosen["batch"][is_b], obs["batch"][is_b])
+    assert set(chosen["batch"][~is_b]) == {"one per sample"}
+    assert set(obs["batch"]) == {"x", "y"}
+    assert batch_terms(obs[~is_b], ["batch"], CONTRAST, **{**ASKED, "within": "type"})[1] == []

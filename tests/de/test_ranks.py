@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cellstill.de import PseudobulkConfig, pseudobulk_de
+from cellstill.de.ranks import _signed_rank
+from cellstill.errors import InvalidArgumentError
+
+TREATED = {"groupby": "condition", "group1": "treated", "group2": "control", "sample_key": "donor"}
+WILCOXON = PseudobulkConfig(method="wilcoxon")
+
+
+def log_cpm(data, keys):
+    sums = np.stack(
+        [data.counts[(data.obs[["donor", "condition"]] == key).all(axis=1).to_numpy()].toarray().sum(0) for key in keys]
+    )
+    totals = sums.astype(float).sum(axis=1)
+    prior = 2 * totals / totals.mean()
+    return np.log2((sums + prior[:, None]) / (totals + 2 * prior)[:, None] * 1e6)
+
+
+def keys_of(result):
+    return result.units[["donor", "condition"]].to_numpy()
+
+
+def test_two_groups_are_ranked_as_scipy_ranks_them(simulate):
+    data = simulate([(f"d{i}", "treated" if i % 2 else "control", "a") for i in range(12)], n_genes=60, n_cells=30)
+    result = pseudobulk_de(data.counts, data.obs, data.genes, **TREATED, config=WILCOXON)
+    assert result.design == "~ condition"
+    values = log_cpm(data, keys_of(result))
+    first = (result.units["condition"] == "treated").to_numpy()
+    for gene in range(60):
+        expected = stats.mannwhitneyu(values[first, gene], values[~first, gene]).pvalue
+        assert result.table["p_value"][gene] == pytest.approx(expected)
+    np.testing.assert_allclose(result.table["lfc"], values[first].mean(axis=0) - values[~first].mean(axis=0))
+    pooled = stats.ttest_ind(values[first], values[~first]).statistic
+    np.testing.assert_allclose(result.table["lfc"] / result.table["lfc_se"], pooled)
+    strong = np.abs(data.lfc) > 1
+    assert result.table["is_de"][strong].mean() > 0.8
+
+
+def test_donors_in_both_groups_are_ranked_by_their_differences(simulate):
+    donors = [(f"d{i}", group, "a") for i in range(9) for group in ("treated", "control")]
+    data = simulate(donors, n_genes=50, n_cells=25)
+    result = pseudobulk_de(data.counts, data.obs, data.genes, **TREATED, config=WILCOXON)
+    assert result.design == "~ donor + condition"
+    values = log_cpm(data, keys_of(result))
+    first = (result.units["condition"] == "treated").to_numpy()
+    difference = values[first] - values[~first]
+    np.testing.assert_allclose(result.table["p_value"], stats.wilcoxon(difference, axis=0).pvalue)
+    np.testing.assert_allclose(result.table["lfc"], difference.mean(axis=0))
+
+
+def test_differences_with_ties_and_zeros_and_many_pairs():
+    rng = np.random.default_rng(0)
+    ties = rng.integers(-2, 3, (7, 30)).astype(float)
+    first = np.repeat([True, False], 7)
+    found = _signed_rank(np.concatenate([ties, 0 * ties]), first, np.tile(np.arange(7), 2))
+    for gene in range(30):
+        ranks = stats.rankdata(np.abs(ties[ties[:, gene] != 0, gene]))
+        observed = abs((np.sign(ties[ties[:, gene] != 0, gene]) * ranks).sum())
+        null = [abs(np.dot(signs, ranks)) for signs in itertools.product([-1, 1], repeat=len(ranks))]
+        assert found[gene] == pytest.approx(np.mean(np.array(null) >= observed - 1e-9))
+    many = rng.normal(0.3, 1, (40, 20))
+    found = _signed_rank(np.concatenate([many, 0 * many]), np.repeat([True, False], 40), np.tile(np.arange(40), 2))
+    expected = stats.wilcoxon(many, axis=0, method="approx", correction=False).pvalue
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_batches_are_ranked_each_on_its_own(simulate):
+    """Against all permutations within batches: 20 x 15 of them."""
+    donors = [(f"d{i}", "treated" if i < 3 else "control", "a") for i in range(6)]
+    donors += [(f"e{i}", "treated" if i < 2 else "control", "b") for i in range(6)]
+    data = simulate(donors, n_genes=40, n_cells=25, batch_sd=1.5)
+    result = pseudobulk_de(data.counts, data.obs, data.genes, **TREATED, batch_key="batch", config=WILCOXON)
+    assert result.design == "~ batch + condition"
+    units = result.units
+    values = log_cpm(data, keys_of(result))
+    of_batch = [np.flatnonzero(units["batch"] == batch) for batch in "ab"]
+    ranks = np.zeros_like(values)
+    for rows in of_batch:
+        ranks[rows] = stats.rankdata(values[rows], axis=0) / (len(rows) + 1)
+    treated = (units["condition"] == "treated").to_numpy()
+    picks = [itertools.combinations(rows, int(treated[rows].sum())) for rows in of_batch]
+    null = np.array([ranks[list(a + b)].sum(axis=0) for a, b in itertools.product(*picks)])
+    z = (ranks[treated].sum(axis=0) - null.mean(axis=0)) / null.std(axis=0)
+    np.testing.assert_allclose(result.table["p_value"], 2 * stats.norm.sf(np.abs(z)), rtol=1e-9)
+
+
+def test_too_few_samples_for_any_call_are_noted(simulate):
+    data = simulate([(f"d{i}", "treated" if i % 2 else "control", "a") for i in range(6)], n_genes=40, n_cells=20)
+    result = pseudobulk_de(data.counts, data.obs, data.genes, **TREATED, config=WILCOXON)
+    assert any("3 against 3 samples no rank test has a p-value below 0.1" in note for note in result.notes)
+    assert not result.table["is_de"].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lfc_threshold": 0.5}, {"covariate_keys": ["age"]}, {"shrink_lfc": True}, {"borrow": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_needs_a_model_of_counts_is_refused(options):
+    with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))}=.* needs a model of the counts"):
+        PseudobulkConfig(method="wilcoxon", **options)

@@ -1,0 +1,111 @@
+"""Differential expression of a distiller: which cells and batches are compared; test_truth.py says how well."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cellstill import Distiller
+from cellstill.de import BayesianConfig, PseudobulkConfig, differential_expression
+from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
+
+ASKED = {"groupby": "condition", "group1": "treat", "group2": "ctrl", "sample_key": "donor"}
+ASKED_GROUPS = ("treat", "ctrl")
+BOTH = pytest.mark.parametrize("how", [PseudobulkConfig(), BayesianConfig(n_samples=3)], ids=["pseudobulk", "bayesian"])
+
+
+@pytest.fixture(scope="module")
+def attach(model, tmp_path_factory):
+    """The model with another column of annotation of its cells."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model.save(folder)
+
+    def attach(**columns) -> Distiller:
+        adata = model.adata.copy()
+        for name, values in columns.items():
+            adata.obs[name] = values
+        return Distiller.load(folder, adata)
+
+    return attach
+
+
+@BOTH
+def test_inside_cell_types_each_is_compared_alone(model, attach, how):
+    result = model.differential_expression(**ASKED, within="cell_type", how=how)
+    kinds, condition = (model.adata.obs[key].astype(str) for key in ("cell_type", "condition"))
+    assert list(result.results) == sorted(set(kinds))
+    for level in ("type_0", "type_2"):
+        others = attach(condition=condition.where(kinds == level, "other"))
+        alone = others.differential_expression(**ASKED, how=how)
+        assert alone.design == result[level].design == "~ batch + condition"
+        assert alone.n_cells == {group: int(((kinds == level) & (condition == group)).sum()) for group in ASKED_GROUPS}
+        pd.testing.assert_frame_equal(result[level].table, alone.table)
+        if isinstance(how, PseudobulkConfig):
+            by_counts = differential_expression(model.adata[(kinds == level).to_numpy()], batch_key="batch", **ASKED)
+            pd.testing.assert_frame_equal(by_counts.table, alone.table)
+
+
+@BOTH
+def test_without_a_second_group_the_rest_is_compared(model, attach, how):
+    rest = model.differential_expression("cell_type", "type_1", sample_key="donor", how=how)
+    assert tuple(rest.contrast) == ("cell_type", "type_1", "rest")
+    kinds = model.adata.obs["cell_type"].astype(str)
+    by_name = attach(cell_type=kinds.where(kinds == "type_1", "others"))
+    named = by_name.differential_expression("cell_type", "type_1", "others", "donor", how)
+    pd.testing.assert_frame_equal(rest.table, named.table)
+    assert set(model.adata.obs["cell_type"]) == {f"type_{i}" for i in range(4)}
+
+
+def test_batches_of_one_sample_each_are_not_in_the_design(simulated):
+    adata = simulated[:300, :40].copy()
+    adata.obs["lane"] = adata.obs["donor"].astype(str) + "_lane"
+    model = Distiller(adata, batch_key="lane", n_latent=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CellstillWarning)
+        model.train(1, 1, accelerator="cpu", progress=False)
+    how = PseudobulkConfig(min_cells_per_sample=5)
+    assert model.differential_expression(**ASKED, how=how).design == "~ condition"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"sample_key": None}, InvalidArgumentError, "sample_key is missing"),
+        ({"sample_key": "patient"}, MissingKeyError, "sample_key='patient' is not in obs"),
+        ({"within": "donor"}, InvalidArgumentError, "within and sample_key are both 'donor'"),
+        ({"within": "condition"}, InvalidArgumentError, "within and groupby are both 'condition'"),
+        ({"within": "kind"}, MissingKeyError, "within='kind' is not in obs"),
+        ({"groupby": "kind"}, MissingKeyError, "groupby='kind' is not in obs"),
+        ({"group1": "drug"}, InvalidArgumentError, "group1='drug' is not known. Use one of: 'ctrl', 'treat'"),
+        ({"how": BayesianConfig(target_batch="x")}, InvalidArgumentError, "target_batch='x' is not known"),
+    ],
+    ids=[
+        "no_samples",
+        "unknown_samples",
+        "within_samples",
+        "within_groups",
+        "no_levels",
+        "no_column",
+        "no_group",
+        "no_batch",
+    ],
+)
+def test_bad_input_is_named(model, settings, error, message):
+    with pytest.raises(error, match=message):
+        model.differential_expression(**{**ASKED, **settings})
+
+
+def test_without_samples_the_posterior_is_compared_with_a_warning(model):
+    how = BayesianConfig(n_samples=2)
+    with pytest.warns(CellstillWarning, match="replicate") as caught:
+        result = model.differential_expression(**{**ASKED, "sample_key": None}, how=how)
+    assert len(caught) == 1
+    assert len(result.table) == model.adata.n_vars
+    with pytest.warns(CellstillWarning, match="Comparisons within 'cell_type'.*\n.*replicate") as caught:
+        result = model.differential_expression(**{**ASKED, "sample_key": None}, how=how, within="cell_type")
+    assert len(caught) == 1
+    assert len(result.results) == 4
+    assert np.isfinite(result.table["lfc_mean"]).all()
