@@ -46,6 +46,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/vi_peers.py
 	$(BIN)/python benchmarks/condense_baselines.py
+	$(BIN)/python benchmarks/distill_simulated.py
+	$(BIN)/python benchmarks/de_real.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache cellstill_demo

@@ -59,6 +59,17 @@ def test_without_a_second_group_the_rest_is_compared(model, attach, how):
     assert set(model.adata.obs["cell_type"]) == {f"type_{i}" for i in range(4)}
 
 
+@pytest.mark.parametrize(
+    "how",
+    [PseudobulkConfig(expression="corrected"), BayesianConfig(n_samples=3)],
+    ids=["corrected", "bayesian"],
+)
+def test_the_rest_of_a_covariate_of_the_model_is_decoded_as_it_is(model, how):
+    rest = model.differential_expression("condition", "treat", sample_key="donor", how=how)
+    named = model.differential_expression("condition", "treat", "ctrl", "donor", how)
+    pd.testing.assert_frame_equal(rest.table, named.table)
+
+
 def test_batches_of_one_sample_each_are_not_in_the_design(simulated):
     adata = simulated[:300, :40].copy()
     adata.obs["lane"] = adata.obs["donor"].astype(str) + "_lane"

@@ -181,7 +181,7 @@ def pseudobulk_de(
     """
     config = config or PseudobulkConfig()
     check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
-    check_lengths("obs", obs.index, "rows of counts", counts.shape[0])
+    check_lengths("obs", np.arange(len(obs)), "rows of counts", counts.shape[0])
     sample_key = require_samples(sample_key)
     if (ratios is not None) != (config.expression == "corrected"):
         raise InvalidArgumentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -139,8 +138,9 @@ class Analysis(Trained):
         target = self._batch_codes(self.batch_names if wanted is None else wanted, "target_batch") or []
         return compare_groups(
             fitted,
-            replace(cells, obs=obs),
+            cells,
             target,
+            obs,
             **contrast.arguments,
             sample_key=sample_key,
             batch_key=next(iter(batches), None),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cellstill.de import (
@@ -27,6 +28,7 @@ def compare_groups(
     fitted: Fitted,
     cells: Cells,
     target: list[int],
+    obs: pd.DataFrame,
     *,
     groupby: str,
     group1: str,
@@ -36,20 +38,22 @@ def compare_groups(
     within: str | None,
     how: PseudobulkConfig | BayesianConfig,
 ) -> DEResult | StratifiedDEResult:
-    """Run the comparison that ``how`` configures; ``target`` are the batches to decode or correct as."""
+    """Run the comparison that ``how`` configures; ``target`` are the batches to decode or correct as.
+
+    ``obs`` are the cells with the groups, levels and batches to compare; what decoding needs is taken from ``cells``.
+    """
     groups = {"groupby": groupby, "group1": group1, "group2": group2}
     terms: dict[str, Any] = {**groups, "sample_key": sample_key, "batch_key": batch_key}
     if isinstance(how, PseudobulkConfig):
         ratios = corrected_ratios(fitted, cells, target) if how.expression == "corrected" else None
-        return pseudobulk_de(cells.counts, cells.obs, fitted.genes, **terms, within=within, ratios=ratios, config=how)
+        return pseudobulk_de(cells.counts, obs, fitted.genes, **terms, within=within, ratios=ratios, config=how)
 
-    def compare(used: Cells) -> DEResult:
-        draws = posterior_draws(fitted, used, comparison_cells(used.obs, **groups), target, how)
-        return bayesian_de(draws, used.obs, fitted.genes, **terms, counts=used.counts, config=how)
+    def compare(rows: np.ndarray | slice) -> DEResult:
+        used, chosen = cells[rows], obs.iloc[rows]
+        draws = posterior_draws(fitted, used, comparison_cells(chosen, **groups), target, how)
+        return bayesian_de(draws, chosen, fitted.genes, **terms, counts=used.counts, config=how)
 
-    if within is None:
-        return compare(cells)
-    return stratify(cells.obs, within, lambda level, rows: compare(cells[rows]))
+    return compare(slice(None)) if within is None else stratify(obs, within, lambda _, rows: compare(rows))
 
 
 def posterior_draws(
