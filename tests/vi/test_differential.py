@@ -67,7 +67,7 @@ def test_nothing_is_called_where_nothing_differs(trained, how):
 
 
 @pytest.mark.parametrize("batch_size", [4, 512])
-def test_draws_are_native_expression_at_draws_of_z(trained, batch_size):
+def test_draws_are_native_expression_and_expected_counts_at_draws_of_z(trained, batch_size):
     wanted = np.array([3, 8, 21, 40, 41, 42, 100, 101, 300])
     is_first = np.arange(9) % 2 == 0
     how = BayesianConfig(n_samples=2, batch_size=batch_size, seed=5)
@@ -77,22 +77,24 @@ def test_draws_are_native_expression_at_draws_of_z(trained, batch_size):
     counted = {"indices": wanted, "library_size": "latent", "return_numpy": True}
     native = trained.get_normalized_expression(**counted)
     whole = trained.get_normalized_expression(**counted, include_background=True)
-    theta = module.modality("rna").dispersion.mean.detach().exp().numpy()[trained._cells().codes["batch"][wanted]]
+    own_batch = trained._cells().codes["batch"][wanted]
+    theta = module.modality("rna").dispersion.mean.detach().exp().numpy()[own_batch]
     each = native**2 / (whole + whole**2 / theta)
     information = np.stack([each[is_first].sum(axis=0), each[~is_first].sum(axis=0)])
+    size = trained.get_latent_library_size(indices=wanted)
     rng = np.random.default_rng(5)
     for draw in posterior_draws(module, "rna", trained._cells(), wanted, is_first, targets, how):
         factors = np.exp(rng.standard_normal(information.shape) / np.sqrt(1 + information))
-        chunks = list(draw)
-        rows, rates = np.concatenate([part[0] for part in chunks]), np.vstack([part[1] for part in chunks])
+        rows, rates, counts = (np.concatenate(part) for part in zip(*draw, strict=True))
         np.testing.assert_array_equal(rows, wanted)
         z = torch.from_numpy(mean + np.sqrt(variance) * rng.standard_normal(mean.shape, dtype=np.float32))
+        batches = [torch.full((len(wanted),), code) for code in (0, 1)] + [torch.from_numpy(own_batch).long()]
         with torch.no_grad():
-            decoded = [
-                module.modality("rna").native(z, {"code/batch": torch.full((len(wanted),), code)}) for code in (0, 1)
-            ]
-        expected = torch.stack(decoded).mean(dim=0).numpy() * np.where(is_first[:, None], *factors)
+            *decoded, own = [module.modality("rna").native(z, {"code/batch": batch}).numpy() for batch in batches]
+        moved = np.where(is_first[:, None], *factors)
+        expected = np.mean(decoded, axis=0) * moved
         np.testing.assert_allclose(rates, expected / expected.sum(axis=1, keepdims=True), rtol=1e-3)
+        np.testing.assert_allclose(counts, own * moved * np.reshape(size, (-1, 1)) + whole - native, rtol=1e-3)
 
 
 def test_cells_may_be_given_by_position_or_mask(trained):

@@ -151,7 +151,7 @@ def bayesian_de(
 
     Returns
     -------
-    One row per gene, in the order given.
+    One row per gene, in the order given; with ``counts``, ``base_mean`` is their mean over replicates, at one depth.
 
     Raises
     ------
@@ -229,6 +229,7 @@ def bayesian_de(
     table = pd.DataFrame(
         {
             "gene": np.asarray(gene_names, dtype=object),
+            **({} if observed is None else {"base_mean": _base_mean(observed)}),
             "lfc_mean": mean,
             "ci_low": mean - half_width,
             "ci_high": mean + half_width,
@@ -248,3 +249,9 @@ def bayesian_de(
         params={**asdict(config), "n_samples": n_draws, "delta": delta},
         notes=(*remarks, *design.notes),
     )
+
+
+def _base_mean(counts: np.ndarray) -> np.ndarray:
+    """Mean count of each gene over replicates, scaled to their mean depth."""
+    totals = counts.sum(axis=1, keepdims=True)
+    return np.asarray((counts * (totals.mean() / np.maximum(totals, 1.0))).mean(axis=0))

@@ -105,7 +105,7 @@ class Differential(Criticism):
         self._require_trained()
         how = how or PseudobulkConfig()
         name = self._modality(modality)
-        cells = self._cells(adata, counts=isinstance(how, PseudobulkConfig))
+        cells = self._cells(adata)
         if isinstance(how, PseudobulkConfig):
             sample_key = require_samples(sample_key)
         automatic = batch_keys is None
@@ -141,7 +141,7 @@ class Differential(Criticism):
             wanted = comparison_cells(some_obs, **contrast.arguments)
             is_first = (some_obs[contrast.column] == contrast.group1).to_numpy()[wanted]
             draws = posterior_draws(self.module, name, some, wanted, is_first, as_batches, how)
-            return bayesian_de(draws, some_obs, features, **asked)
+            return bayesian_de(draws, some_obs, features, counts=some.counts[name], **asked)
 
         return compare(slice(None)) if within is None else stratify(obs, within, lambda _, rows: compare(rows))
 

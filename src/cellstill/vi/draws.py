@@ -21,13 +21,17 @@ def posterior_draws(
     is_first: np.ndarray,
     targets: Sequence[Mapping[str, int]],
     how: BayesianConfig,
-) -> Iterator[Iterator[tuple[np.ndarray, np.ndarray]]]:
+) -> Iterator[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     r"""Yield draws of the native expression of the ``wanted`` cells, as shares, averaged over the ``targets``.
 
-    In each draw, every cell has a draw of z from its posterior; cells are encoded once. That alone would take the
-    decoder for known, and what is left of the counts' noise in its estimate for an effect. In each draw and group, the
-    log rate of each feature is therefore moved by :math:`\delta_f \sim \mathrm{Normal}(0, 1 / (1 + I_f))`, with
-    the information that the group's cells have about it (a Laplace approximation, with a standard normal prior),
+    With them come the counts that the draw expects of these cells as they were measured, in their own categories, with
+    scaling and background, so that :func:`~cellstill.de.bayesian_de` can tell by how much the counts of each sample
+    depart from what was decoded.
+
+    In each draw, every cell has a draw of z from its posterior. That alone would take the decoder for known, and what is
+    left of the counts' noise in its estimate for an effect. In each draw and group, the log rate of each feature is
+    therefore moved by :math:`\delta_f \sim \mathrm{Normal}(0, 1 / (1 + I_f))`, with the information that the group's
+    cells have about it (a Laplace approximation, with a standard normal prior),
 
     .. math::
         I_f = \sum_n \frac{(l_n \rho_{nf} y_{nf})^2}{\mu_{nf} + \mu_{nf}^2 / \theta_f}
@@ -48,11 +52,8 @@ def posterior_draws(
         Number of draws, seed, and cells decoded at a time, on which the draws do not depend.
     """
     subset, group = cells[wanted], np.where(is_first, 0, 1)
-    mean, sd = (np.empty((len(subset), module.config.n_latent), dtype=np.float32) for _ in range(2))
     information = np.zeros((2, module.config.modalities[name].n_vars))
     for block in blocks(module, subset, how.batch_size):
-        mean[block.rows] = to_numpy(block.latent.mean)
-        sd[block.rows] = to_numpy(block.latent.variance.sqrt())
         each = _information(module, name, block)
         first = torch.from_numpy(is_first[block.rows]).to(each)
         information += to_numpy(torch.stack([first, 1 - first]) @ each)
@@ -60,7 +61,7 @@ def posterior_draws(
     rng = np.random.default_rng(how.seed)
     for _ in range(how.n_samples):
         factors = np.exp(spread * rng.standard_normal(spread.shape)).astype(np.float32)
-        yield _draw(module, name, subset, wanted, (mean, sd), (factors, group), targets, how.batch_size, rng)
+        yield _draw(module, name, subset, wanted, (factors, group), targets, how.batch_size, rng)
 
 
 def _information(module: RegularizedVAE, name: str, block: Block) -> torch.Tensor:
@@ -78,22 +79,18 @@ def _draw(
     name: str,
     cells: Cells,
     positions: np.ndarray,
-    posterior: tuple[np.ndarray, np.ndarray],
     moved: tuple[np.ndarray, np.ndarray],
     targets: Sequence[Mapping[str, int]],
     batch_size: int,
     rng: np.random.Generator,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    device = next(module.parameters()).device
-    told = {key: values for key, values in cells.per_cell.items() if key in ("continuous", *module.config.conditioning)}
-    factors, group = moved
-    for start in range(0, len(cells), batch_size):
-        rows = slice(start, min(start + batch_size, len(cells)))
-        mean, sd = (values[rows] for values in posterior)
-        z = torch.from_numpy(mean + sd * rng.standard_normal(mean.shape, dtype=np.float32)).to(device)
-        batch = {key: torch.from_numpy(values[rows]).to(device) for key, values in told.items()}
-        with torch.inference_mode():
-            rates = native_expression(module, name, z, batch, targets)
-            rates = rates * torch.from_numpy(factors[group[rows]]).to(device)
-            rates = rates / rates.sum(dim=1, keepdim=True)
-        yield positions[rows], to_numpy(rates)
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One draw; ``moved`` are the factors of the two groups, and the group of each cell."""
+    for block in blocks(module, cells, batch_size):
+        latent = block.latent
+        noise = rng.standard_normal(latent.mean.shape, dtype=np.float32)
+        z = latent.mean + latent.variance.sqrt() * torch.from_numpy(noise).to(latent.mean)
+        factors = torch.from_numpy(moved[0][moved[1][block.rows]]).to(latent.mean)
+        native, background = expected_means(module, name, block, z=z)
+        expected = native * factors if background is None else native * factors + background
+        rates = native_expression(module, name, z, block.batch, targets) * factors
+        yield positions[block.rows], to_numpy(rates / rates.sum(dim=1, keepdim=True)), to_numpy(expected)
