@@ -28,8 +28,8 @@ def posterior_draws(
     scaling and background, so that :func:`~cellstill.de.bayesian_de` can tell by how much the counts of each sample
     depart from what was decoded.
 
-    In each draw, every cell has a draw of z from its posterior. That alone would take the decoder for known, and what is
-    left of the counts' noise in its estimate for an effect. In each draw and group, the log rate of each feature is
+    In each draw, every cell has a draw of z from its posterior. That alone would take the decoder for known, and what
+    is left of the counts' noise in its estimate for an effect. In each draw and group, the log rate of each feature is
     therefore moved by :math:`\delta_f \sim \mathrm{Normal}(0, 1 / (1 + I_f))`, with the information that the group's
     cells have about it (a Laplace approximation, with a standard normal prior),
 
