@@ -17,7 +17,7 @@ from cellstill.vi.cells import Cells
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.evaluation import blocks
-from cellstill.vi.expected import _STRENGTHS, fit_expected_libraries, ridge
+from cellstill.vi.expected_fit import _STRENGTHS, fit_expected_libraries, ridge
 from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.start import start_from_data
 

@@ -23,7 +23,7 @@ from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.config import ModalityConfig, VAEConfig, whole_number
 from cellstill.vi.covariates import CovariateKeys
-from cellstill.vi.expected import fit_expected_libraries
+from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
