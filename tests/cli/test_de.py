@@ -343,3 +343,15 @@ def test_the_command_that_inspect_suggests_runs(cellstill, cells, write, here):
     result = cellstill(*command[1:])
     assert result.exit_code == 0, result.stderr
     assert (here / "in_cellstill_de" / "de.csv").exists()
+
+
+def test_defaults_are_those_of_the_library():
+    import inspect
+
+    from cellstill.cli.de import de
+
+    options, config = inspect.signature(de).parameters, PseudobulkConfig()
+    names = {"min_cells": "min_cells_per_sample", "min_counts": "min_counts_per_sample"}
+    for name in ("min_cells", "min_counts", "min_total_count", "fdr", "lfc_threshold", "borrow", "shrink_lfc"):
+        assert options[name].default == getattr(config, names.get(name, name))
+    assert options["method"].default == config.method

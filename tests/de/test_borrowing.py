@@ -126,6 +126,15 @@ def test_a_small_cell_type_learns_from_a_large_one(types):
     np.testing.assert_array_equal(after["fdr_alone"], before["fdr"])
     for column in ("lfc", "lfc_se", "p_value"):
         np.testing.assert_array_equal(after[column], before[column])
+    for result in together.results.values():
+        table = result.table
+        tested = table["p_value"].notna()
+        assert table["prob_de"][tested].between(0, 1).all()
+        assert table["fdr"][tested].between(0, 1).all()
+        surest = table[table["is_de"]].sort_values(["prob_de", "p_value"], ascending=[False, True], kind="stable")
+        assert result.de_genes == surest["gene"].tolist()
+        drawn = result.volcano().axes[0].collections
+        assert sum(len(points.get_offsets()) for points in drawn) == tested.sum()
     moved = after["is_de"]
     assert (np.sign(after["lfc_borrowed"][moved]) == np.where(after["direction"][moved] == "up", 1, -1)).all()
     assert any("fdr_alone" in note for note in together.notes)

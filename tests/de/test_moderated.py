@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from cellstill.de import PseudobulkConfig, pseudobulk_de
+from cellstill.de.gene_tests import log_cpm
 from cellstill.de.moderated import _precision, moderated_t
 from cellstill.de.posterior import moderate_variances
 
@@ -37,7 +38,7 @@ def test_equals_weighted_regressions_one_by_one(matrix):
     total = factors * stats.gmean(sums.sum(axis=1))
     prior = 2 * total / total.mean()
     y = np.log2((sums + prior[:, None]) / (total + 2 * prior)[:, None] * 1e6)
-    weights = _precision(y, matrix, np.log2(total) - np.log2(1e6))
+    weights = _precision(y, matrix, matrix, np.log2(total) - np.log2(1e6))
     fits = [WLS(y[:, gene], matrix, weights[:, gene]).fit() for gene in range(80)]
     moderated, df = moderate_variances(np.array([fit.scale for fit in fits]), fits[0].df_resid)
     unscaled = np.array([fit.normalized_cov_params[-1, -1] for fit in fits])
@@ -67,6 +68,43 @@ def test_p_values_are_uniform_where_nothing_differs(design):
     assert np.mean(every < 0.001) < 0.0025
     calls = [(stats.false_discovery_control(p) <= 0.05).any() for p in p_values]
     assert sum(calls) <= 2
+
+
+def test_weights_are_the_inverse_variances_of_observations():
+    """Against the variance of log counts over many draws, up to a factor, in samples of four depths."""
+    rng = np.random.default_rng(0)
+    depth = np.repeat([1.0, 0.5, 0.25, 0.1], 2)[:, None]
+    mean = np.exp(rng.uniform(np.log(20), np.log(2000), 1500))
+    draws = np.stack([log_cpm(rng.poisson(depth * mean), depth[:, 0] * mean.sum()) for _ in range(60)])
+    true = draws.var(axis=0)
+    weights = _precision(draws[0], two_groups(4, 4), two_groups(4, 4), np.log2(depth[:, 0] * mean.sum()) - np.log2(1e6))
+    scaled = weights * true
+    low, high = np.quantile(scaled / np.median(scaled), [0.1, 0.9])
+    assert low > 0.5
+    assert high < 2.0
+
+
+@pytest.mark.parametrize("depths", [(1, 1, 1, 0.05), (1, 1, 0.1, 0.1)], ids=["one_shallow", "two_shallow"])
+def test_shallow_samples_weigh_no_more_and_cost_no_error_rate(depths):
+    p_values, found = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        depth = np.array([*depths, *depths])[:, None]
+        mean = np.exp(rng.normal(1.5, 1.5, 1200))
+        fold = np.where(np.arange(1200) < 100, 2.5, 1.0)
+        expected = depth * mean * np.where(np.arange(8)[:, None] < 4, fold, 1.0)
+        sums = negative_binomial(rng, expected * np.exp(rng.normal(0, 0.1, (8, 1200))))
+        keep = sums.sum(axis=0) >= 10
+        tests = moderated_t(sums[:, keep], two_groups(4, 4), lfc_threshold=0.0).columns
+        null, rare = (fold == 1)[keep], (mean < 10)[keep]
+        p_values.append(tests["p_value"][null & rare])
+        found.append((tests["fdr"] <= 0.05)[~null].mean())
+        values = log_cpm(sums[:, keep], sums.sum(axis=1) * 1.0)
+        log_depth = np.log2(sums.sum(axis=1)) - np.log2(1e6)
+        weights = _precision(values, two_groups(4, 4), np.ones((8, 1)), log_depth)
+        assert (weights[3] <= weights[0] * (1 + 1e-9)).all()
+    assert np.mean(np.concatenate(p_values) < 0.05) < 0.065
+    assert np.mean(found) > 0.1
 
 
 def test_depth_that_differs_between_groups_is_no_effect():

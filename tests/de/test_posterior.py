@@ -153,5 +153,12 @@ def test_shrunken_effects_are_nearer_the_truth_and_keep_large_ones():
 
 def test_a_normal_test_with_the_scale_returned_has_the_p_value_given():
     loc, p_value = np.array([-2.0, 0.3, 1.0]), np.array([1e-8, 0.4, 0.03])
-    scale = normal_scale(loc, p_value)
+    scale = normal_scale(loc, np.full(3, 9.0), p_value)
     np.testing.assert_allclose(2 * stats.norm.sf(np.abs(loc) / scale), p_value, rtol=1e-9)
+
+
+def test_an_estimate_near_zero_is_not_taken_for_a_precise_one():
+    error = np.full(3, 0.3)
+    loc = np.array([1e-6, 0.0, -0.01])
+    scale = normal_scale(loc, error, 2 * stats.t.sf(np.abs(loc) / error, 8))
+    np.testing.assert_allclose(scale, error)

@@ -216,12 +216,28 @@ def test_nothing_to_test_is_an_error(simulate):
         pseudobulk_de(data.counts, data.obs, data.genes, sample_key="donor", config=config, **TREATED)
 
 
-def test_an_empty_sample_is_an_error(simulate):
+def test_an_empty_sample_is_left_out_aloud(simulate):
     data = simulate(ONE_BATCH, n_genes=20, n_cells=15)
     counts = data.counts.toarray()
     counts[data.obs["donor"] == "d3"] = 0
-    with pytest.raises(InvalidCountsError, match="'d3'"):
-        pseudobulk_de(counts, data.obs, data.genes, sample_key="donor", **TREATED)
+    config = PseudobulkConfig(min_counts_per_sample=0)
+    with pytest.warns(CellstillWarning, match="'d3' in 'treated' .*fewer than 1 counts"):
+        result = pseudobulk_de(counts, data.obs, data.genes, sample_key="donor", config=config, **TREATED)
+    assert result.n_samples == {"treated": 3, "control": 4}
+
+
+def test_a_missing_batch_is_an_error_also_within_levels(one_batch):
+    obs = one_batch.obs.assign(kind="a")
+    obs["batch"] = obs["batch"].where(np.arange(len(obs)) != 7)
+    with pytest.raises(InvalidArgumentError, match=r"batch_key='batch': obs\['batch'\] has missing values in 1 of"):
+        pseudobulk_de(
+            one_batch.counts, obs, one_batch.genes, sample_key="donor", batch_key="batch", within="kind", **TREATED
+        )
+
+
+def test_what_is_no_configuration_is_refused(one_batch):
+    with pytest.raises(InvalidArgumentError, match="how='deseq2' is no PseudobulkConfig"):
+        pseudobulk_de(one_batch.counts, one_batch.obs, one_batch.genes, sample_key="donor", config="deseq2", **TREATED)
 
 
 def test_importing_de_is_light():
@@ -288,6 +304,9 @@ def test_corrected_sums_equal_a_loop_over_cells(small):
         np.testing.assert_array_equal(corrected_sums(form, codes, raw, iter(chunks)), np.rint(expected))
     with pytest.raises(InvalidArgumentError, match=r"held cell \d+ 0 times"):
         corrected_sums(counts, codes, raw, chunks[1:])
+    twice = [(np.append(rows, rows[:1]), np.vstack([ratio, ratio[:1]])) for rows, ratio in chunks]
+    with pytest.raises(InvalidArgumentError, match=r"held cell \d+ 2 times"):
+        corrected_sums(counts, codes, raw, twice)
     with pytest.raises(InvalidArgumentError, match="ratios have to be finite and positive"):
         corrected_sums(counts, codes, raw, [(rows, 0 * ratio) for rows, ratio in chunks])
 

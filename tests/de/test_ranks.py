@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from cellstill.de import PseudobulkConfig, pseudobulk_de
-from cellstill.de.ranks import _signed_rank
+from cellstill.de.ranks import _signed_rank, _two_groups
 from cellstill.errors import InvalidArgumentError
 
 TREATED = {"groupby": "condition", "group1": "treated", "group2": "control", "sample_key": "donor"}
@@ -20,7 +20,7 @@ def log_cpm(data, keys):
     )
     totals = sums.astype(float).sum(axis=1)
     prior = 2 * totals / totals.mean()
-    return np.log2((sums + prior[:, None]) / (totals + 2 * prior)[:, None] * 1e6)
+    return np.round(np.log2((sums + prior[:, None]) / (totals + 2 * prior)[:, None] * 1e6), 9)
 
 
 def keys_of(result):
@@ -34,13 +34,24 @@ def test_two_groups_are_ranked_as_scipy_ranks_them(simulate):
     values = log_cpm(data, keys_of(result))
     first = (result.units["condition"] == "treated").to_numpy()
     for gene in range(60):
-        expected = stats.mannwhitneyu(values[first, gene], values[~first, gene]).pvalue
+        expected = stats.mannwhitneyu(values[first, gene], values[~first, gene], method="exact").pvalue
         assert result.table["p_value"][gene] == pytest.approx(expected)
     np.testing.assert_allclose(result.table["lfc"], values[first].mean(axis=0) - values[~first].mean(axis=0))
     pooled = stats.ttest_ind(values[first], values[~first]).statistic
     np.testing.assert_allclose(result.table["lfc"] / result.table["lfc_se"], pooled)
     strong = np.abs(data.lfc) > 1
     assert result.table["is_de"][strong].mean() > 0.8
+
+
+def test_ties_in_one_gene_do_not_make_others_approximate():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (6, 40))
+    first = np.repeat([True, False], 3)
+    tied = np.column_stack([values, np.array([0.0, 0, 0, 1, 1, 1])])
+    np.testing.assert_array_equal(_two_groups(tied, first)[:40], _two_groups(values, first))
+    expected = stats.mannwhitneyu(values[first], values[~first], method="exact").pvalue
+    np.testing.assert_allclose(_two_groups(values, first), expected)
+    assert _two_groups(tied, first)[40] == pytest.approx(0.1)
 
 
 def test_donors_in_both_groups_are_ranked_by_their_differences(simulate):
@@ -106,3 +117,10 @@ def test_too_few_samples_for_any_call_are_noted(simulate):
 def test_what_needs_a_model_of_counts_is_refused(options):
     with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))}=.* needs a model of the counts"):
         PseudobulkConfig(method="wilcoxon", **options)
+
+
+def test_a_batch_that_differs_inside_pairs_is_refused(simulate):
+    donors = [(f"d{i}", group, "ab"[(i + j) % 2]) for i in range(6) for j, group in enumerate(("treated", "control"))]
+    data = simulate(donors, n_genes=20, n_cells=20)
+    with pytest.raises(InvalidArgumentError, match=r"differs inside them .*~ donor \+ batch \+ condition"):
+        pseudobulk_de(data.counts, data.obs, data.genes, **TREATED, batch_key="batch", config=WILCOXON)

@@ -89,7 +89,7 @@ def de(
         typer.Option(
             min=0, help="Samples with fewer counts in their group are left out.", metavar="N", rich_help_panel=_CELLS
         ),
-    ] = 1000,
+    ] = 200,
     min_total_count: Annotated[
         int,
         typer.Option(

@@ -2,7 +2,8 @@
 
 from cellstill.de.bayesian import BayesianConfig, bayesian_de
 from cellstill.de.compare import differential_expression
-from cellstill.de.pseudobulk import PseudobulkConfig, pseudobulk_de
+from cellstill.de.pseudobulk import pseudobulk_de
+from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.result import Contrast, DEResult
 from cellstill.de.stratified import StratifiedDEResult, stratify
 from cellstill.de.sums import pseudobulk_sums

@@ -71,8 +71,9 @@ def borrow_strength(found: StratifiedDEResult) -> StratifiedDEResult:
             f"borrow=True needs two levels of {found.within!r} or more that can be compared; there is {len(results)}."
         )
     effects = np.column_stack([result.table["lfc"].to_numpy(dtype=float) for result in results])
+    errors = np.column_stack([result.table["lfc_se"].to_numpy(dtype=float) for result in results])
     p_values = np.column_stack([result.table["p_value"].to_numpy(dtype=float) for result in results])
-    mean, prob = shared_effects(effects, normal_scale(effects, p_values))
+    mean, prob = shared_effects(effects, normal_scale(effects, errors, p_values))
     fdr_level = float(results[0].params["fdr"])
     borrowed: dict[str, DEResult] = {}
     for column, (level, result) in enumerate(found.results.items()):
@@ -112,13 +113,15 @@ def shared_effects(effects: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray,
     mean, prob = np.zeros_like(effects), np.zeros_like(effects)
     for level in range(effects.shape[1]):
         genes = np.flatnonzero(known[:, level])
+        if not len(genes):
+            continue
         own, error = effects[genes, level], errors[genes, level]
         components = effect_components(own[:, None], np.square(error)[:, None])
         shared, certain = np.zeros(len(genes)), np.zeros(len(genes))
         told = known[genes].sum(axis=1) > 1
         if told.any():
-            others = precision[genes[told]].sum(axis=1) - precision[genes[told], level]
-            pooled = (weighted[genes[told]].sum(axis=1) - weighted[genes[told], level]) / others
+            others = np.delete(precision[genes[told]], level, axis=1).sum(axis=1)
+            pooled = np.delete(weighted[genes[told]], level, axis=1).sum(axis=1) / others
             scale = others**-0.5
             scale *= max(1.0, float(iqr(pooled / scale)) / _NORMAL_IQR)  # errors of levels with common donors add up
             certain[told] = prob_effect(pooled, scale, _NORMAL_DF, 0.0)
@@ -177,4 +180,4 @@ def _posterior(
     positive = np.where(moved, ndtr(np.divide(mean, sd, out=np.zeros_like(mean), where=moved)), 0.0)
     above = (joint * positive).sum(axis=1)
     below = (joint * np.where(moved, 1 - positive, 0.0)).sum(axis=1)
-    return (joint * mean).sum(axis=1), np.maximum(above, below)
+    return (joint * mean).sum(axis=1), np.clip(np.maximum(above, below), 0.0, 1.0)

@@ -13,6 +13,7 @@ from cellstill.errors import InvalidArgumentError, check_key, check_option
 
 REST = "rest"
 _ONE_EACH = "one per sample"
+_COLUMNS = ("gene", "base_mean", "lfc", "lfc_se", "p_value", "fdr", "is_de", "direction")
 
 
 def choose_groups(
@@ -93,6 +94,8 @@ def check_within(obs: pd.DataFrame, within: str | None, *, groupby: str, sample_
     if within is None:
         return
     check_key("within", within, "obs", obs.columns)
+    if within in _COLUMNS:
+        raise InvalidArgumentError(f"within={within!r} is the name of a column of the results. Rename it in obs.")
     for argument, column in (("groupby", groupby), ("sample_key", sample_key)):
         if within == column:
             raise InvalidArgumentError(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from cellstill.de.bayesian import BayesianConfig
 from cellstill.de.choice import check_within, choose_groups, require_samples
-from cellstill.de.pseudobulk import PseudobulkConfig, pseudobulk_de
+from cellstill.de.pseudobulk import pseudobulk_de
+from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.result import DEResult
 from cellstill.de.stratified import StratifiedDEResult
 from cellstill.errors import InvalidArgumentError, InvalidCountsError

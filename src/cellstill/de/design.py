@@ -13,6 +13,7 @@ from cellstill.de.units import Units, check_replicates, make_units, warn_left_ou
 from cellstill.errors import InvalidArgumentError
 
 _TOLERANCE = 1e-6
+_MIN_PER_LEVEL = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +33,9 @@ class Design:
         Combination of the levels of all other terms that each replicate has, as codes; ``None`` without such terms.
     paired
         Whether samples are among these terms, and so compared with themselves.
+    common
+        The columns of ``matrix`` but those of terms with a level for every pair of replicates or so, such as donors:
+        what is fitted by the others is an average of several replicates.
     """
 
     matrix: np.ndarray
@@ -39,6 +43,7 @@ class Design:
     notes: tuple[str, ...]
     strata: np.ndarray | None = None
     paired: bool = False
+    common: np.ndarray | None = None
 
 
 def make_design(
@@ -158,6 +163,9 @@ def design_of_units(
         notes=tuple(notes),
         strata=units.table.groupby(used).ngroup().to_numpy() if used else None,
         paired=sample_key in used,
+        common=matrix[
+            :, [_MIN_PER_LEVEL * (owners.count(owner) + 1) <= len(matrix) or owner == "" for owner in owners]
+        ],
     )
 
 

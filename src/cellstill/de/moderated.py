@@ -13,15 +13,22 @@ _MIN_TREND_GENES = 10
 _MAX_DEPTH_RATIO = 4.0
 
 
-def moderated_t(sums: np.ndarray, matrix: np.ndarray, *, lfc_threshold: float, shrink_lfc: bool = False) -> GeneTests:
+def moderated_t(
+    sums: np.ndarray,
+    matrix: np.ndarray,
+    common: np.ndarray | None = None,
+    *,
+    lfc_threshold: float,
+    shrink_lfc: bool = False,
+) -> GeneTests:
     r"""Test the last coefficient of a design by weighted least squares with moderated variances.
 
     1. Log counts per million of each sample (:func:`~cellstill.de.gene_tests.log_cpm`).
-    2. The standard deviation of :math:`y` falls with the count. Its trend over genes gives the precision :math:`w_{sg}`
-       of an observation of gene :math:`g` at its mean level in a sample of that depth (after Law et al., Genome Biol.
-       15:R29, 2014), so that samples of a few cells weigh what they are worth. The count that the design expects of the
-       observation itself is not used: in a paired design, one cell full of haemoglobin would give its donor all of the
-       weight, and its own residual would vanish.
+    2. The standard deviation of :math:`y` falls with the count. Its trend over genes, at the level that the terms which
+       samples have in common expect of gene :math:`g` in a sample of that depth, gives the precision :math:`w_{sg}` of
+       an observation (after Law et al., Genome Biol. 15:R29, 2014), so that samples of a few cells weigh what they are
+       worth. The terms of single donors in a paired design are not used for it: one cell full of haemoglobin would give
+       its donor all of the weight, and its own residual would vanish.
     3. Weighted least squares for each gene; residual variances moderated across genes
        (:func:`~cellstill.de.posterior.moderate_variances`), and t with the degrees of freedom so gained.
 
@@ -37,6 +44,8 @@ def moderated_t(sums: np.ndarray, matrix: np.ndarray, *, lfc_threshold: float, s
         Counts, samples x genes, no gene or sample without counts.
     matrix
         Design, samples x coefficients, of full rank.
+    common
+        Its columns without those of single pairs (:class:`~cellstill.de.design.Design`); all of them by default.
     lfc_threshold, shrink_lfc
         See :class:`~cellstill.de.PseudobulkConfig`.
     """
@@ -59,7 +68,7 @@ def moderated_t(sums: np.ndarray, matrix: np.ndarray, *, lfc_threshold: float, s
         )
 
     values = log_cpm(sums, depth)
-    weights = _precision(values, matrix, np.log2(depth) - np.log2(1e6))
+    weights = _precision(values, matrix, matrix if common is None else common, np.log2(depth) - np.log2(1e6))
     cross = np.einsum("si,sg,sj->gij", matrix, weights, matrix)
     inverse = np.linalg.inv(cross)
     coefficients = np.einsum("gij,sj,sg->ig", inverse, matrix, weights * values)
@@ -77,7 +86,7 @@ def moderated_t(sums: np.ndarray, matrix: np.ndarray, *, lfc_threshold: float, s
     return GeneTests(columns, size_factors, notes)
 
 
-def _precision(values: np.ndarray, matrix: np.ndarray, log_depth: np.ndarray) -> np.ndarray:
+def _precision(values: np.ndarray, matrix: np.ndarray, common: np.ndarray, log_depth: np.ndarray) -> np.ndarray:
     """Inverse variances expected of each observation, samples x genes."""
     from statsmodels.nonparametric.smoothers_lowess import lowess  # type: ignore[import-untyped]
 
@@ -88,7 +97,9 @@ def _precision(values: np.ndarray, matrix: np.ndarray, log_depth: np.ndarray) ->
     spread = np.sqrt(np.square(values - fitted).sum(axis=0) / df)
     level = values.mean(axis=0) + log_depth.mean()
     trend = lowess(np.sqrt(spread), level, frac=_SPAN, delta=0.01 * np.ptp(level))
-    at = level + (log_depth - log_depth.mean())[:, None]
+    # Zeros are all alike, so that the scatter of genes with hardly a count bends down; they are known no better for it.
+    trend[:, 1] = np.maximum.accumulate(trend[::-1, 1])[::-1]
+    at = common @ (np.linalg.pinv(common) @ values) + log_depth[:, None]
     expected = np.interp(at, trend[:, 0], trend[:, 1])
     floor = 1e-2 * np.median(np.sqrt(spread)) + 1e-6
     return np.maximum(expected, floor) ** -4.0

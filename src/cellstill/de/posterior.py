@@ -14,6 +14,7 @@ _MAX_CENTRES = 40
 _MAX_STEPS = 2000
 _PRUNE_EVERY = 20
 _NEGLIGIBLE = 1e-9
+_NEAR_ZERO_P = 0.9
 
 
 def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
@@ -124,10 +125,13 @@ def shrunken_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray) 
     return (joint * mean).sum(axis=1)
 
 
-def normal_scale(loc: np.ndarray, p_value: np.ndarray) -> np.ndarray:
-    """Standard error with which a normal test of each estimate has the two-sided p-value given."""
-    z = -ndtri(np.clip(p_value, 1e-300, 1 - 1e-4) / 2)
-    return np.maximum(np.abs(loc), 1e-12) / z
+def normal_scale(loc: np.ndarray, scale: np.ndarray, p_value: np.ndarray) -> np.ndarray:
+    """Standard error with which a normal test of each estimate has the two-sided p-value given.
+
+    Near 0, where an estimate says nothing of its error, it is ``scale``, the standard error of the test itself.
+    """
+    z = -ndtri(np.clip(p_value, 1e-300, 1.0) / 2)
+    return np.where(p_value > _NEAR_ZERO_P, scale, np.abs(loc) / np.maximum(z, 1e-12))
 
 
 def _effect_posterior(
@@ -195,5 +199,5 @@ def expected_fdr(prob: np.ndarray) -> np.ndarray:
     running = np.cumsum(1 + falling) / np.arange(1, len(prob) + 1)
     last_tied = np.searchsorted(falling, falling, side="right") - 1
     fdr = np.empty_like(prob)
-    fdr[order] = running[last_tied]
+    fdr[order] = np.maximum(running[last_tied], 0.0)
     return fdr

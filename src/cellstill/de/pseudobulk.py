@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,102 +15,13 @@ from cellstill.de.deseq2 import deseq2
 from cellstill.de.design import Design, design_of_units
 from cellstill.de.gene_tests import GeneTests
 from cellstill.de.moderated import moderated_t
+from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.ranks import rank_sum
 from cellstill.de.result import Contrast, DEResult, direction
 from cellstill.de.stratified import StratifiedDEResult, stratify
 from cellstill.de.sums import Ratios, corrected_sums, sum_rows
-from cellstill.de.units import Units, check_lengths, column_names, comparison_cells, make_units, text_column
-from cellstill.errors import InvalidArgumentError, InvalidCountsError, check_option
-
-
-@dataclass(frozen=True, kw_only=True)
-class PseudobulkConfig:
-    """How to compare pseudobulk sums.
-
-    Parameters
-    ----------
-    method
-        - ``"ttest"`` (default): weighted t-test of log counts per million with moderated variances
-          (:func:`~cellstill.de.moderated.moderated_t`). Samples of few cells count as much as they are worth; keeps its
-          error rate with few samples; milliseconds.
-        - ``"deseq2"``: negative binomial regression with shrunken dispersions and a Wald test (Love, Huber & Anders,
-          Genome Biol. 15:550, 2014), through pydeseq2. Its p-values are those of a normal, which with few samples calls
-          a little more than it says.
-        - ``"wilcoxon"``: rank tests of log counts per million (:func:`~cellstill.de.ranks.rank_sum`). Assumes least,
-          and finds nothing with few samples.
-    expression
-        ``"raw"``: raw counts, the batch in the design. ``"corrected"``: each count multiplied by what a model says of
-        its batch before it is summed, which can undo what a batch does to one cell type and not to another; sums keep
-        the depth of their sample, and the batch stays in the design, which takes up the error that the correction has
-        in common for the samples of a batch. Only models offer it.
-    shrink_lfc
-        Add ``lfc_shrunken``, fold changes drawn towards 0 as far as they are uncertain, for ranking and plots: with
-        ``"deseq2"`` by apeglm (Zhu, Ibrahim & Love, Bioinformatics 35:2084, 2019) through pydeseq2, with ``"ttest"`` by
-        adaptive shrinkage (:func:`~cellstill.de.posterior.shrunken_effect`). Calls do not depend on it.
-    borrow
-        With ``within``: let each level learn from the effects of the others
-        (:func:`~cellstill.de.borrowing.borrow_strength`), which finds more in levels of few cells.
-    min_cells_per_sample
-        Samples with fewer cells (in their group) are left out. Larger drops noisy samples, and with them replicates.
-    min_counts_per_sample
-        Samples with fewer counts in all are left out.
-    min_total_count
-        Genes with fewer counts over all samples used are not tested. Larger spares tests of genes that cannot reach
-        significance; at least 1, as a gene without a count cannot be tested.
-    fdr
-        Genes with a smaller or equal adjusted p-value are called; larger calls more, of which that share is expected
-        to be false. It is also what DESeq2's independent filtering optimises.
-    lfc_threshold
-        Effect floor, log2. Above 0 the test itself is of ``|lfc| > lfc_threshold``, so the FDR is that of effects
-        beyond the floor; larger calls fewer genes. Not for ``"wilcoxon"``.
-    covariate_keys
-        Further columns of ``obs`` for the design, one value per replicate: text and booleans as levels, numbers
-        linearly. Not for ``"wilcoxon"``.
-    n_cpus
-        Processes that pydeseq2 may start. The result does not depend on it.
-    """
-
-    method: str = "ttest"
-    expression: str = "raw"
-    shrink_lfc: bool = False
-    borrow: bool = False
-    min_cells_per_sample: int = 10
-    min_counts_per_sample: int = 200
-    min_total_count: int = 10
-    fdr: float = 0.05
-    lfc_threshold: float = 0.0
-    covariate_keys: Sequence[str] = ()
-    n_cpus: int = 1
-
-    def __post_init__(self) -> None:
-        check_option("method", self.method, _METHODS)
-        check_option("expression", self.expression, ("raw", "corrected"))
-        for name in ("min_cells_per_sample", "min_total_count", "n_cpus"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r} has to be at least 1.")
-        if self.min_counts_per_sample < 0:
-            raise InvalidArgumentError(f"min_counts_per_sample={self.min_counts_per_sample!r} cannot be negative.")
-        if not 0 < self.fdr < 1:
-            raise InvalidArgumentError(f"fdr={self.fdr!r} has to lie between 0 and 1.")
-        if not 0 <= self.lfc_threshold < np.inf:
-            raise InvalidArgumentError(
-                f"lfc_threshold={self.lfc_threshold!r} has to be finite and cannot be negative: it bounds |lfc|."
-            )
-        object.__setattr__(self, "covariate_keys", column_names("covariate_keys", self.covariate_keys))
-        if self.borrow and self.lfc_threshold > 0:
-            raise InvalidArgumentError(
-                f"lfc_threshold={self.lfc_threshold!r} and borrow=True: effects are borrowed from tests of any effect. "
-                "Set lfc_threshold=0."
-            )
-        if self.method == "wilcoxon":
-            given = {"lfc_threshold": self.lfc_threshold, "covariate_keys": self.covariate_keys}
-            given |= {"shrink_lfc": self.shrink_lfc, "borrow": self.borrow}
-            for name, value in given.items():
-                if value:
-                    raise InvalidArgumentError(
-                        f"{name}={value!r} needs a model of the counts, which method='wilcoxon' does not have. "
-                        "Use method='ttest' or 'deseq2'."
-                    )
+from cellstill.de.units import Units, check_lengths, comparison_cells, complete_column, make_units, text_column
+from cellstill.errors import InvalidArgumentError, InvalidCountsError
 
 
 def pseudobulk_de(
@@ -175,11 +86,15 @@ def pseudobulk_de(
     MissingKeyError, InvalidArgumentError
         Unknown columns or groups, missing values, fewer than two samples in a group, batch and condition confounded.
     InvalidCountsError
-        Values that are not finite, non-negative integers, or a sample or data set without counts.
+        Values that are not finite, non-negative integers, or no gene with counts enough.
     OptionalDependencyError
         pydeseq2 is not installed.
     """
     config = config or PseudobulkConfig()
+    if not isinstance(config, PseudobulkConfig):
+        raise InvalidArgumentError(
+            f"how={config!r} is no PseudobulkConfig. Write how=PseudobulkConfig(method='deseq2'), for instance."
+        )
     check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
     check_lengths("obs", np.arange(len(obs)), "rows of counts", counts.shape[0])
     sample_key = require_samples(sample_key)
@@ -191,65 +106,58 @@ def pseudobulk_de(
     if config.borrow and within is None:
         raise InvalidArgumentError("borrow=True needs within=, the column whose levels are to learn from each other.")
     contrast = Contrast(groupby, str(group1), str(group2))
-    cells = comparison_cells(obs, groupby=groupby, group1=contrast.group1, group2=contrast.group2)
+    cells = comparison_cells(obs, **contrast.arguments)
     check_within(obs, within, groupby=groupby, sample_key=sample_key)
-    strata = [] if within is None else [within]
-    labels = pd.DataFrame({key: text_column(obs.iloc[cells], key, "within") for key in strata})
-    labels[sample_key] = text_column(obs.iloc[cells], sample_key, "sample_key")
-    labels[groupby] = text_column(obs.iloc[cells], groupby, "groupby")
-    by_replicate = labels.groupby(list(labels.columns), sort=True)
+    terms: dict[str, Any] = {"batch_key": batch_key, "covariate_keys": config.covariate_keys}
+    for argument, keys in (("batch_key", [batch_key]), ("covariate_keys", config.covariate_keys)):
+        for key in keys:
+            if key is not None:
+                complete_column(obs.iloc[cells], key, argument)
+    arguments = {within: "within", sample_key: "sample_key", groupby: "groupby"}
+    by = [key for key in arguments if key is not None]
+    labels = pd.DataFrame({key: text_column(obs.iloc[cells], key, arguments[key]) for key in by})
+    replicate = labels.groupby(by, sort=True).ngroup().to_numpy()
     codes = np.full(len(obs), -1)
-    codes[cells] = by_replicate.ngroup()
-    n_replicates = by_replicate.ngroups
-    sums = sum_rows(counts, codes, n_replicates)
+    codes[cells] = replicate
+    place = dict(zip(labels.itertuples(index=False, name=None), replicate, strict=True))
+    sums = sum_rows(counts, codes, len(set(replicate)))
     if ratios is not None:
         sums = corrected_sums(counts, codes, sums, ratios)
-    replicates = pd.Series(np.arange(n_replicates), by_replicate.size().index)
 
-    def compare(level: str | None, rows: np.ndarray) -> DEResult:
-        here = obs.iloc[rows]
+    def sums_of(units: Units, level: tuple[str, ...]) -> np.ndarray:
+        names = units.table[[sample_key, groupby]].itertuples(index=False, name=None)
+        return sums[[place[(*level, *name)] for name in names]]
+
+    def compare(level: tuple[str, ...], rows: np.ndarray) -> DEResult:
         units = make_units(
-            here,
-            contrast,
-            sample_key=sample_key,
-            batch_key=batch_key,
-            covariate_keys=config.covariate_keys,
-            min_cells=config.min_cells_per_sample,
+            obs.iloc[rows], contrast, sample_key=sample_key, min_cells=config.min_cells_per_sample, **terms
         )
-        own = replicates if level is None else replicates.xs(level, level=0)
-        asked = pd.MultiIndex.from_frame(units.table[[sample_key, groupby]])
-        of_units = own.reindex(asked).to_numpy()
-        _check_not_empty(sums[of_units], units.table)
-        enough = sums[of_units].sum(axis=1) >= config.min_counts_per_sample
-        units = units.keep(enough, f"fewer than {config.min_counts_per_sample} counts")
-        units, design = design_of_units(
-            units, contrast, sample_key=sample_key, batch_key=batch_key, covariate_keys=config.covariate_keys
-        )
-        asked = pd.MultiIndex.from_frame(units.table[[sample_key, groupby]])
-        return _test(sums[own.reindex(asked).to_numpy()], _Comparison(units, design, contrast, config), gene_names)
+        least = max(config.min_counts_per_sample, 1)
+        units = units.keep(sums_of(units, level).sum(axis=1) >= least, f"fewer than {least} counts")
+        units, design = design_of_units(units, contrast, sample_key=sample_key, **terms)
+        return _test(sums_of(units, level), units, design, contrast, config, gene_names)
 
     if within is None:
-        return compare(None, np.arange(len(obs)))
-    found = stratify(obs.iloc[cells], within, lambda level, rows: compare(level, cells[rows]))
+        return compare((), np.arange(len(obs)))
+    found = stratify(obs.iloc[cells], within, lambda level, rows: compare((level,), cells[rows]))
     return borrow_strength(found) if config.borrow else found
 
 
-class _Comparison(NamedTuple):
-    units: Units
-    design: Design
-    contrast: Contrast
-    config: PseudobulkConfig
-
-
-def _test(sums: np.ndarray, comparison: _Comparison, gene_names: Sequence[str]) -> DEResult:
-    units, design, contrast, config = comparison
+def _test(
+    sums: np.ndarray,
+    units: Units,
+    design: Design,
+    contrast: Contrast,
+    config: PseudobulkConfig,
+    gene_names: Sequence[str],
+) -> DEResult:
     tested = sums.sum(axis=0) >= config.min_total_count
     if not tested.any():
         raise InvalidCountsError(
             f"No gene has {config.min_total_count} counts in the {len(sums)} samples: nothing to test. "
             "Check that these are raw counts, or lower min_total_count."
         )
-    found = _METHODS[config.method](sums[:, tested], comparison)
+    found = _gene_tests(sums[:, tested], design, config)
     table = pd.DataFrame({"gene": np.asarray(gene_names, dtype=object)})
     table["base_mean"] = (sums / found.size_factors[:, None]).mean(axis=0)
     for name, values in found.columns.items():
@@ -275,37 +183,10 @@ def _test(sums: np.ndarray, comparison: _Comparison, gene_names: Sequence[str]) 
     )
 
 
-def _check_not_empty(sums: np.ndarray, table: pd.DataFrame) -> None:
-    empty = table[sums.sum(axis=1) == 0]
-    if len(empty):
-        raise InvalidCountsError(
-            f"These samples have cells without a single count: {empty.iloc[:, 0].tolist()[:5]}. Remove them first."
-        )
-
-
-def _ttest(sums: np.ndarray, comparison: _Comparison) -> GeneTests:
-    config = comparison.config
-    return moderated_t(sums, comparison.design.matrix, lfc_threshold=config.lfc_threshold, shrink_lfc=config.shrink_lfc)
-
-
-def _deseq2(sums: np.ndarray, comparison: _Comparison) -> GeneTests:
-    config = comparison.config
-    return deseq2(
-        sums,
-        comparison.design.matrix,
-        fdr=config.fdr,
-        lfc_threshold=config.lfc_threshold,
-        shrink_lfc=config.shrink_lfc,
-        n_cpus=config.n_cpus,
-    )
-
-
-def _wilcoxon(sums: np.ndarray, comparison: _Comparison) -> GeneTests:
-    return rank_sum(sums, comparison.design)
-
-
-_METHODS: dict[str, Callable[[np.ndarray, _Comparison], GeneTests]] = {
-    "ttest": _ttest,
-    "deseq2": _deseq2,
-    "wilcoxon": _wilcoxon,
-}
+def _gene_tests(sums: np.ndarray, design: Design, config: PseudobulkConfig) -> GeneTests:
+    if config.method == "wilcoxon":
+        return rank_sum(sums, design)
+    asked: dict[str, Any] = {"lfc_threshold": config.lfc_threshold, "shrink_lfc": config.shrink_lfc}
+    if config.method == "deseq2":
+        return deseq2(sums, design.matrix, fdr=config.fdr, n_cpus=config.n_cpus, **asked)
+    return moderated_t(sums, design.matrix, design.common, **asked)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 from scipy.stats import mannwhitneyu, norm, rankdata
 
 from cellstill.de.design import Design
 from cellstill.de.gene_tests import GeneTests, benjamini_hochberg, log_cpm
+from cellstill.errors import InvalidArgumentError
 
 _MAX_EXACT_PAIRS = 12
+_MAX_EXACT_GROUP = 10
+_DIGITS = 9
 _CHUNK_SIZE = 2048
 
 
 def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
     r"""Compare the ranks of the samples of two groups, gene by gene.
 
-    - Without further terms: the Mann-Whitney U test, exact for few samples without ties, as scipy decides.
+    - Without further terms: the Mann-Whitney U test, exact with up to 10 samples in each group for genes without ties,
+      by the normal approximation otherwise, but never below the smallest exact p-value.
     - Donors in both groups: Wilcoxon's signed-rank test of their differences, exact with up to 12 pairs (over all
       patterns of signs, so with ties too), by the normal approximation above.
     - With batches: ranks within each batch, sums weighted by :math:`1 / (n_b + 1)`, normal approximation with the
@@ -32,13 +37,24 @@ def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
         Counts, samples x genes, no gene or sample without counts.
     design
         Its matrix, and what pairs or stratifies the samples.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Pairs, and a batch that differs inside them.
     """
+    if design.paired and design.strata is not None and (np.bincount(design.strata) != 2).any():
+        raise InvalidArgumentError(
+            f"method='wilcoxon' ranks the differences of pairs, and cannot take out a batch that differs inside them "
+            f"(the design is {design.formula}). Use method='ttest' or 'deseq2', or leave the batch out."
+        )
     totals = sums.sum(axis=1)
-    values = log_cpm(sums, totals)
+    # Rounded, so that samples without a count of a gene are tied whatever their depth.
+    values = np.round(log_cpm(sums, totals), _DIGITS)
     matrix = design.matrix
     first = matrix[:, -1] == 1
     if design.strata is None:
-        p_value = mannwhitneyu(values[first], values[~first]).pvalue
+        p_value = _two_groups(values, first)
     elif design.paired:
         p_value = _signed_rank(values, first, design.strata)
     else:
@@ -57,6 +73,24 @@ def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
         )
     size_factors = totals / np.exp(np.log(totals).mean())
     return GeneTests(columns | {"fdr": benjamini_hochberg(p_value)}, size_factors, notes)
+
+
+def _two_groups(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of Mann and Whitney: exact for few samples, but of genes with ties."""
+    n_genes = values.shape[1]
+    tied = np.array([len(np.unique(values[:, gene])) < len(values) for gene in range(n_genes)])
+    few = max(first.sum(), (~first).sum()) <= _MAX_EXACT_GROUP
+    p_value = np.empty(n_genes)
+    for genes, method in ((tied, "asymptotic"), (~tied, "exact" if few else "asymptotic")):
+        if genes.any():
+            part = values[:, genes]
+            p_value[genes] = mannwhitneyu(part[first], part[~first], method=method).pvalue
+    return np.maximum(p_value, _smallest_two_groups(first)) if few else p_value
+
+
+def _smallest_two_groups(first: np.ndarray) -> float:
+    """The p-value of two groups that are perfectly separated, which no approximation may fall below."""
+    return 2 / math.comb(len(first), int(first.sum()))
 
 
 def _signed_rank(values: np.ndarray, first: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -100,7 +134,7 @@ def _smallest_p(first: np.ndarray, design: Design) -> float:
     """The p-value of samples that are perfectly separated."""
     values = first[:, None].astype(float) + np.linspace(0, 0.1, len(first))[:, None]
     if design.strata is None:
-        return float(mannwhitneyu(values[first], values[~first], method="exact").pvalue[0])
+        return _smallest_two_groups(first)
     if design.paired:
         return float(_signed_rank(values, first, design.strata)[0])
     return float(_stratified(values, first, design.strata)[0])

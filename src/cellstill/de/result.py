@@ -70,9 +70,9 @@ class DEResult:
     def de_genes(self) -> list[str]:
         """Names of the genes called, most certain first."""
         called = self.table[self.table["is_de"]]
-        if "prob_de" in called:
-            return called.sort_values("prob_de", ascending=False, kind="stable")["gene"].tolist()
-        return called.sort_values("p_value", kind="stable")["gene"].tolist()
+        falling = {"prob_de": False, "p_value": True}
+        by = [column for column in falling if column in called]
+        return called.sort_values(by, ascending=[falling[column] for column in by], kind="stable")["gene"].tolist()
 
     @property
     def n_samples(self) -> dict[str, int]:

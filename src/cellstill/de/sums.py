@@ -115,7 +115,7 @@ def corrected_sums(counts: Any, codes: np.ndarray, sums: np.ndarray, ratios: Rat
     for rows, ratio in ratios:
         check_lengths("ratios", ratio, "rows", len(rows))
         check_lengths("genes of ratios", ratio[0], "columns of counts", counts.shape[1])
-        seen[rows] += 1
+        np.add.at(seen, rows, 1)
         unit = codes[rows]
         used = np.flatnonzero(unit >= 0)
         chunk = sp.csr_matrix(counts[rows[used]], dtype=np.float64, copy=True)

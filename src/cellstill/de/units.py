@@ -136,7 +136,7 @@ def check_replicates(units: Units, contrast: Contrast, sample_key: str) -> None:
     found = " and ".join(f"{group!r} has {count}" for group, count in counts.items())
     raise InvalidArgumentError(
         f"Samples are the replicates, and each group needs at least 2 of them: of obs[{sample_key!r}], {found}. "
-        "Check sample_key; if small samples were left out, lower min_cells_per_sample.\n"
+        "Check sample_key; if small samples were left out, lower min_cells_per_sample or min_counts_per_sample.\n"
         + _sample_table(units, contrast)
     )
 
