@@ -76,7 +76,11 @@ def de(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="Layer with raw counts; X by default.", metavar="NAME", rich_help_panel=_CELLS),
+        typer.Option(
+            help="Layer with raw counts; X by default, or the layer counts where X holds none.",
+            metavar="NAME",
+            rich_help_panel=_CELLS,
+        ),
     ] = None,
     min_cells: Annotated[
         int,

@@ -39,7 +39,8 @@ class DEResult:
         ``is_de`` marks the genes called, ``direction`` is ``"up"`` or ``"down"`` for those and ``"none"`` for all
         others. Pseudobulk: ``gene, base_mean, lfc, lfc_se, p_value, fdr, is_de, direction``; a gene that could not be
         tested keeps its row, with NaN for what is unknown. Bayesian:
-        ``gene, lfc_mean, ci_low, ci_high, prob_de, fdr, is_de, direction``.
+        ``gene, base_mean, lfc_mean, ci_low, ci_high, prob_de, fdr, is_de, direction``, without ``base_mean`` where no
+        counts were given.
     contrast
         Column and the two groups.
     design

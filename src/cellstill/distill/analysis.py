@@ -102,7 +102,8 @@ class Analysis(Trained):
         how
             :class:`~cellstill.de.PseudobulkConfig` (default): raw counts summed per sample, tested with the batch in
             the design unless each batch is a single sample. :class:`~cellstill.de.BayesianConfig`: decoded expression,
-            all cells as the same batch, under draws of the networks' dropout masks.
+            all cells as the same batch, under draws of the networks' dropout masks, and corrected by what the counts of
+            each sample say of it (:func:`~cellstill.de.draws.replicate_rates`).
         within
             Column, such as cell types, inside each level of which the comparison is made; ``None`` compares all cells
             at once.
