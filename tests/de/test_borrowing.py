@@ -161,3 +161,23 @@ def test_what_cannot_be_borrowed_is_said(types, change, message):
 def test_an_effect_floor_and_borrowing_exclude_each_other():
     with pytest.raises(InvalidArgumentError, match="Set lfc_threshold=0"):
         PseudobulkConfig(borrow=True, lfc_threshold=1.0)
+
+
+def test_errors_that_levels_have_in_common_are_no_effects():
+    """Three fifths of them: unless they are told apart, the third level calls 15 genes that only err alike."""
+    false = np.zeros(4)
+    for seed in range(3):
+        true, effects, errors = draw("same", seed, correlation=0.6)
+        false += (called(effects, errors) & (true == 0)).sum(axis=0)
+    assert false[2] <= 8
+
+
+def test_an_effect_of_unknown_sign_is_not_probable():
+    """Where every gene moves, one that nothing is known of moves too, but nobody knows which way."""
+    rng = np.random.default_rng(0)
+    errors = np.full((600, 2), 0.05)
+    effects = rng.normal(0, 1, (600, 2)) + errors * rng.normal(size=(600, 2))
+    effects[0], errors[0] = [0.0, np.nan], [3.0, np.nan]
+    _, prob = shared_effects(effects, errors)
+    assert prob[0, 0] < 0.6
+    assert np.median(prob[1:]) > 0.99
