@@ -31,7 +31,7 @@ demo: $(VENV)/.base
 	$(BIN)/cellstill demo --out cellstill_demo --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest

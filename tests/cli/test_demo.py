@@ -10,7 +10,6 @@ import pytest
 
 from cellstill.cli import _truth, demo
 from cellstill.cli._truth import Check
-from cellstill.errors import optional_dependency
 
 
 @pytest.mark.parametrize(
@@ -20,7 +19,6 @@ from cellstill.errors import optional_dependency
         (0.89, 0.9, True, False),
         (0.2, 0.2, False, True),
         (0.21, 0.2, False, False),
-        (None, 0.2, False, None),
         (float("nan"), 0.2, False, False),
         (float("nan"), 0.2, True, False),
     ],
@@ -50,19 +48,6 @@ def test_it_exits_with_1_and_names_what_failed_and_keeps_the_results(cellstill, 
     checks = {c["check"]: c for c in json.loads((here / "cellstill_demo" / "truth.json").read_text())["checks"]}
     assert checks["batches apart before: iLISI / ceiling"]["passed"] is False
     assert checks["batches mixed after: iLISI / ceiling"]["passed"] is True
-
-
-def test_without_pydeseq2_its_checks_are_left_out_and_it_says_so(cellstill, here, small, monkeypatch):
-    from cellstill import Distiller
-
-    def absent(*args, **kwargs):
-        raise optional_dependency("pydeseq2", "de", "method='deseq2'")
-
-    monkeypatch.setattr(Distiller, "differential_expression", absent)
-    result = cellstill("demo")
-    assert "left out (needs pydeseq2: pip install 'cellstill[de]')" in result.stdout
-    checks = json.loads((here / "cellstill_demo" / "truth.json").read_text())["checks"]
-    assert [c["passed"] for c in checks if c["check"].startswith("pseudobulk")] == [None, None]
 
 
 class Uncorrected:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstill.cli._pipeline import AFTER, BEFORE, Integration
-from cellstill.errors import OptionalDependencyError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,7 +26,7 @@ class Check:
     name
         What is compared.
     value
-        The number found; ``None`` if the check was left out.
+        The number found.
     bound
         Smallest value that passes, or largest if not ``at_least``.
     at_least
@@ -37,16 +36,14 @@ class Check:
     """
 
     name: str
-    value: float | None
+    value: float
     bound: float
     at_least: bool = True
     note: str = ""
 
     @property
-    def passed(self) -> bool | None:
-        """Whether it passes; ``None`` if it was left out."""
-        if self.value is None:
-            return None
+    def passed(self) -> bool:
+        """Whether it passes."""
         return bool(self.value >= self.bound if self.at_least else self.value <= self.bound)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,10 +87,11 @@ def to_table(checks: list[Check]) -> Table:
     for name, justify in (("compared with the truth", "left"), ("value", "right"), ("bound", "right"), ("", "left")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for check in checks:
-        verdict = {True: "[green]pass[/]", False: "[bold red]FAIL[/]", None: "[yellow]left out[/]"}[check.passed]
-        value = "" if check.value is None else f"{check.value:.3f}"
+        verdict = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
         note = f" [dim]({check.note})[/]" if check.note else ""
-        table.add_row(check.name, value, f"{'≥' if check.at_least else '≤'} {check.bound:.3g}", verdict + note)
+        table.add_row(
+            check.name, f"{check.value:.3f}", f"{'≥' if check.at_least else '≤'} {check.bound:.3g}", verdict + note
+        )
     return table
 
 
@@ -175,23 +173,17 @@ def _mapping(model_folder: Path, new_cells: AnnData) -> Check:
 
 
 def _differences(result: Integration, truth: AnnData) -> list[Check]:
-    """Pseudobulk differential expression, where its package is installed."""
-    names = "pseudobulk fold changes: r", "pseudobulk false discovery share"
-    bounds = (0.9, True), (0.15, False)
-    try:
-        de = result.model.differential_expression("condition", "treat", "ctrl", sample_key="donor")
-    except OptionalDependencyError:
-        note = "needs pydeseq2: pip install 'cellstill\\[de]'"
-        return [Check(name, None, *bound, note=note) for name, bound in zip(names, bounds, strict=True)]
+    """Pseudobulk differential expression."""
+    de = result.model.differential_expression("condition", "treat", "ctrl", sample_key="donor")
     changed, called = truth.var["is_de_treat"].to_numpy(), de.table["is_de"].to_numpy()
     tested = changed & de.table["lfc"].notna().to_numpy()
     known = truth.var["log2fc_proportion_treat"].to_numpy()
+    agreement = _correlation(de.table["lfc"].to_numpy()[tested], known[tested])
     false = float((called & ~changed).sum() / max(called.sum(), 1))
-    values = _correlation(de.table["lfc"].to_numpy()[tested], known[tested]), false
-    notes = "", f"{called.sum()} called, {changed.sum()} true"
+    note = f"{called.sum()} called, {changed.sum()} true"
     return [
-        Check(name, value, *bound, note=note)
-        for name, value, bound, note in zip(names, values, bounds, notes, strict=True)
+        Check("pseudobulk fold changes: r", agreement, 0.9),
+        Check("pseudobulk false discovery share", false, 0.15, at_least=False, note=note),
     ]
 
 

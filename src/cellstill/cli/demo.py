@@ -63,7 +63,7 @@ def demo(
         print_result(result, out, term)
         term.out.print()
         term.out.print(to_table(checks))
-        failed = [check.name for check in checks if check.passed is False]
+        failed = [check.name for check in checks if not check.passed]
         if failed:
             term.line("error", f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}.", "bold red")
             raise typer.Exit(1)
