@@ -270,3 +270,13 @@ def test_each_modality_is_compared_among_the_cells_that_have_it(how):
     assert sum(result.n_cells.values()) == 200
     with pytest.raises(InvalidArgumentError, match="modality has to be named"):
         model.differential_expression("condition", "treat", "ctrl", "donor", how)
+
+
+def test_a_missing_batch_is_no_batch_of_its_own(trained):
+    adata = trained.adata.copy()
+    adata.obs["lane"] = np.where(np.arange(adata.n_obs) % 2, "a", "b").astype(object)
+    adata.obs.loc[adata.obs_names[3], "lane"] = np.nan
+    with pytest.raises(InvalidArgumentError, match=r"batch_keys: adata.obs\['lane'\] is missing for 1 of 800 cells"):
+        trained.differential_expression(
+            "condition", "treat", "ctrl", "donor", PseudobulkConfig(), adata=adata, batch_keys=["lane"]
+        )
