@@ -142,6 +142,21 @@ def test_one_cell_full_of_one_gene_is_no_effect():
     assert found["fdr"][0] > 0.2
 
 
+def test_one_cell_full_of_one_gene_gives_its_donor_no_weight():
+    rng = np.random.default_rng(2)
+    sums = negative_binomial(rng, np.exp(rng.normal(2, 1.5, (1, 800))) * np.ones((12, 1)))
+    sums = sums[:, sums.sum(axis=0) >= 10]
+    sums[:, 0] = 1
+    sums[3, 0] = 900
+    values = log_cpm(sums, sums.sum(axis=1) * 1.0)
+    log_depth = np.log2(sums.sum(axis=1)) - np.log2(1e6)
+    of_donors, common = (
+        _precision(values, PAIRED, columns, log_depth)[:, 0] for columns in (PAIRED, PAIRED[:, [0, -1]])
+    )
+    assert of_donors[2:4].min() > 2 * np.median(of_donors)
+    assert common.max() < 2 * common.min()
+
+
 def test_an_effect_floor_is_tested_at_its_edge():
     rng = np.random.default_rng(3)
     fold = np.where(np.arange(400) < 200, 2.0, 1.0)

@@ -22,7 +22,7 @@ class PseudobulkConfig:
     method
         - ``"ttest"`` (default): weighted t-test of log counts per million with moderated variances
           (:func:`~cellstill.de.moderated.moderated_t`). Samples of few cells count as much as they are worth; keeps its
-          error rate with few samples; milliseconds.
+          error rate with few samples; a fraction of a second.
         - ``"deseq2"``: negative binomial regression with shrunken dispersions and a Wald test (Love, Huber & Anders,
           Genome Biol. 15:550, 2014), through pydeseq2. Its p-values are those of a normal, which with few samples calls
           a little more than it says.

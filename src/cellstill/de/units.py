@@ -30,15 +30,12 @@ class Units:
         Cells of each replicate.
     left_out
         Samples that were not used: ``sample_key``, ``groupby``, ``n_cells``, ``reason``.
-    origin
-        Position of each replicate among all that :func:`make_units` found, small ones included.
     """
 
     codes: np.ndarray
     table: pd.DataFrame
     n_cells: np.ndarray
     left_out: pd.DataFrame
-    origin: np.ndarray
 
     def keep(self, used: np.ndarray, reason: str) -> Units:
         """Leave out the replicates that are not ``used`` (a mask), and write down why.
@@ -54,7 +51,6 @@ class Units:
             codes=renumbered[self.codes],
             table=self.table[used].reset_index(drop=True),
             n_cells=self.n_cells[used],
-            origin=self.origin[used],
             left_out=pd.concat([self.left_out, gone], ignore_index=True) if len(self.left_out) else gone,
         )
 
@@ -124,7 +120,7 @@ def make_units(
     codes[cells] = unit
     n_cells = np.bincount(unit, minlength=len(table))
     nothing = pd.DataFrame(columns=[sample_key, column, "n_cells", "reason"])
-    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing, origin=np.arange(len(table)))
+    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing)
     return units.keep(n_cells >= min_cells, f"fewer than {min_cells} cells")
 
 
