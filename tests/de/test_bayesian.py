@@ -130,7 +130,7 @@ def test_draws_are_combined_by_rubins_rules():
         logs = np.log2(pd.DataFrame(draw).groupby([obs["condition"], obs["donor"]]).mean() + 1e-4)
         changes.append(logs.loc["treated"].mean() - logs.loc["control"].mean())
         residuals.append((logs.loc["treated"].var(ddof=1) * 3 + logs.loc["control"].var(ddof=1) * 2) / 5)
-    from cellstill.de.posterior import moderate_variances
+    from cellstill.de.variances import moderate_variances
 
     moderated, df = moderate_variances(np.mean(residuals, axis=0), 5)
     total = moderated * (1 / 4 + 1 / 3) + (1 + 1 / 7) * np.var(changes, axis=0, ddof=1)

@@ -4,61 +4,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from cellstill.de.posterior import expected_fdr, moderate_variances, normal_scale, prob_effect, shrunken_effect
-
-
-@pytest.mark.parametrize("prior_df", [4.0, 15.0])
-def test_moderation_finds_the_prior_it_was_drawn_from(prior_df):
-    rng = np.random.default_rng(0)
-    df, scale = 6, 0.3
-    true = scale * prior_df / rng.chisquare(prior_df, 20_000)
-    variances = true * rng.chisquare(df, true.shape) / df
-    moderated, total_df = moderate_variances(variances, df)
-    assert np.median(total_df) - df == pytest.approx(prior_df, rel=0.1)
-    oracle = (prior_df * scale + df * variances) / (prior_df + df)
-    # A thousandth in the upper tail may be taken for outliers, and keep more of their own variance.
-    assert np.quantile(np.abs(moderated / oracle - 1), 0.999) < 0.1
-    assert np.log(moderated / true).var() < 0.7 * np.log(variances / true).var()
-
-
-def test_genes_that_vary_far_more_keep_their_own_variance():
-    """Few of them, as genes that some donors only express, and the prior of all others is as without them."""
-    rng = np.random.default_rng(0)
-    df, prior_df = 5, 20.0
-    variances = 0.3 * prior_df / rng.chisquare(prior_df, 4000) * rng.chisquare(df, 4000) / df
-    wild = np.arange(40)
-    variances[wild] = 60 * rng.chisquare(df, 40) / df
-    moderated, total_df = moderate_variances(variances, df)
-    _, clean_df = moderate_variances(variances[40:], df)
-    assert np.median(total_df[40:]) == pytest.approx(np.median(clean_df), rel=0.15)
-    assert np.median(total_df[wild]) < df + 0.1 * (np.median(total_df) - df)
-    np.testing.assert_allclose(moderated[wild] / variances[wild], 1, atol=0.35)
-    naive = (prior_df * 0.3 + df * variances[wild]) / (prior_df + df)
-    assert (moderated[wild] > 2 * naive).all()
-
-
-def test_genes_of_one_variance_share_it():
-    rng = np.random.default_rng(0)
-    # Equal steps of probability vary a little less than a sample would, so no variance between genes is left.
-    variances = 2.0 * stats.chi2.ppf((np.arange(500) + 0.5) / 500, 4) / 4
-    moderated, total_df = moderate_variances(rng.permutation(variances), 4)
-    np.testing.assert_allclose(total_df, 1e6)
-    np.testing.assert_allclose(moderated, 2.0, rtol=0.02)
-
-
-def test_a_gene_without_variation_is_moderated_upwards():
-    variances = np.append(0.0, 0.5 * np.random.default_rng(0).chisquare(3, 300) / 3)
-    moderated, _ = moderate_variances(variances, 3)
-    assert np.isfinite(moderated).all()
-    assert 0 < moderated[0] <= moderated[1:].min()
-
-
-def test_one_gene_and_constant_genes_do_not_break():
-    assert np.isfinite(moderate_variances(np.array([0.3]), 2)[0]).all()
-    moderated, df = moderate_variances(np.zeros(5), 2)
-    assert (moderated > 0).all()
-    prob = prob_effect(np.zeros(5), np.sqrt(moderated), df, 0.1)
-    assert (prob < 0.5).all()
+from cellstill.de.posterior import expected_fdr, normal_scale, prob_effect, shrunken_effect
+from cellstill.de.variances import moderate_variances
 
 
 def test_probabilities_are_calibrated_where_the_prior_is_known():

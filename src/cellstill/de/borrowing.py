@@ -10,6 +10,7 @@ from scipy.special import ndtr
 from scipy.stats import iqr
 
 from cellstill.de.posterior import (
+    NORMAL_DF,
     effect_components,
     expected_fdr,
     mixture_weights,
@@ -25,7 +26,6 @@ _EDGES = (0.5, 0.9, 0.99)
 _MIN_GENES = 50
 _SHARED = ((0.5, 0.3), (1.0, 0.1), (1.0, 0.3), (1.0, 0.6), (1.5, 0.4))
 """Mean and standard deviation of an effect that is shared, as multiples of what the other levels say."""
-_NORMAL_DF = 1e6
 _NORMAL_IQR = 1.349
 _STILL_Z = 2.0
 _MAX_CORRELATION = 0.9
@@ -124,8 +124,8 @@ def shared_effects(effects: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray,
             pooled = np.delete(weighted[genes[told]], level, axis=1).sum(axis=1) / others
             scale = others**-0.5
             scale *= max(1.0, float(iqr(pooled / scale)) / _NORMAL_IQR)  # errors of levels with common donors add up
-            certain[told] = prob_effect(pooled, scale, _NORMAL_DF, 0.0)
-            expected = shrunken_effect(pooled, scale, _NORMAL_DF)
+            certain[told] = prob_effect(pooled, scale, NORMAL_DF, 0.0)
+            expected = shrunken_effect(pooled, scale, NORMAL_DF)
             shared[told] = expected / np.maximum(certain[told], _EDGES[0])
             correlation = _correlation_of_errors(own[told] / error[told], pooled / scale)
             own, error = own.copy(), error.copy()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import stdtr
 
 from cellstill.de.gene_tests import RATIO_NOTE, GeneTests, benjamini_hochberg, has_ratio_genes, log_cpm
-from cellstill.de.posterior import moderate_variances, shrunken_effect
+from cellstill.de.posterior import NORMAL_DF, normal_scale, shrunken_effect
+from cellstill.de.variances import learn_variances
 
 _SPAN = 0.5
 _MIN_TREND_GENES = 10
@@ -29,8 +29,9 @@ def moderated_t(
        an observation (after Law et al., Genome Biol. 15:R29, 2014), so that samples of a few cells weigh what they are
        worth. The terms of single donors in a paired design are not used for it: one cell full of haemoglobin would give
        its donor all of the weight, and its own residual would vanish.
-    3. Weighted least squares for each gene; residual variances moderated across genes
-       (:func:`~cellstill.de.posterior.moderate_variances`), and t with the degrees of freedom so gained.
+    3. Weighted least squares for each gene. Its residual variance learns from those of all genes
+       (:func:`~cellstill.de.variances.learn_variances`); the p-value is that of a normal effect, averaged over what is
+       then known of the variance: the moderated t-test of Smyth (2004), were variances of the shape that it assumes.
 
     With an effect floor :math:`\tau`, the p-value is that of :math:`|\Delta| \le \tau` at its least favourable point
     (McCarthy & Smyth, Bioinformatics 25:765, 2009).
@@ -74,15 +75,15 @@ def moderated_t(
     coefficients = np.einsum("gij,sj,sg->ig", inverse, matrix, weights * values)
     df = matrix.shape[0] - matrix.shape[1]
     variances = (weights * np.square(values - matrix @ coefficients)).sum(axis=0) / df
-    moderated, total_df = moderate_variances(variances, df)
+    posterior = learn_variances(variances, df)
 
-    lfc, error = coefficients[-1], np.sqrt(moderated * inverse[:, -1, -1])
-    size = np.abs(lfc)
-    p_value = stdtr(total_df, -(size - lfc_threshold) / error) + stdtr(total_df, -(size + lfc_threshold) / error)
-    p_value = np.minimum(p_value, 1.0)
+    lfc, unit = coefficients[-1], inverse[:, -1, -1]
+    error = np.sqrt(posterior.mean() * unit)
+    p_value = posterior.two_sided(lfc, unit, lfc_threshold)
     columns = {"lfc": lfc, "lfc_se": error, "p_value": p_value, "fdr": benjamini_hochberg(p_value)}
     if shrink_lfc:
-        columns["lfc_shrunken"] = shrunken_effect(lfc, error, total_df)
+        scale = normal_scale(lfc, error, posterior.two_sided(lfc, unit))
+        columns["lfc_shrunken"] = shrunken_effect(lfc, scale, NORMAL_DF)
     return GeneTests(columns, size_factors, notes)
 
 

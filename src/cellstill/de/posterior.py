@@ -1,87 +1,19 @@
-"""Posteriors of one fold change per gene that learn from all genes: variances, then effects, then the set called."""
+"""Posteriors of one fold change per gene that learn from all genes: effects, and the set called."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import fdtrc, fdtri, ndtr, ndtri, stdtr
+from scipy.special import ndtr, ndtri, stdtr
 
-_MAX_DF = 1e6
-_DRAWN_IN = 0.05, 0.1
-_GRID = (np.arange(512) + 0.5) / 512
+NORMAL_DF = 1e6
+"""Degrees of freedom of a t that is a normal."""
+
 _NULL_WEIGHT = 10.0
 _MAX_CENTRES = 40
 _MAX_STEPS = 2000
 _PRUNE_EVERY = 20
 _NEGLIGIBLE = 1e-9
 _NEAR_ZERO_P = 0.9
-
-
-def moderate_variances(variances: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
-    r"""Shrink the residual variance of each gene towards a value common to all genes.
-
-    With :math:`s_g^2 \mid \sigma_g^2 \sim \sigma_g^2 \chi^2_d / d` and the prior
-    :math:`1/\sigma_g^2 \sim \chi^2_{d_0} / (d_0 s_0^2)`, whose two numbers are estimated from the mean and variance of
-    :math:`\log s_g^2`, the posterior has :math:`d_0 + d` degrees of freedom around
-    :math:`(d_0 s_0^2 + d s_g^2) / (d_0 + d)` (Smyth, Stat. Appl. Genet. Mol. Biol. 3:3, 2004). With few donors this is
-    what makes intervals of useful width: two against two leave 2 degrees of freedom to a gene on its own.
-
-    Genes that vary far more than this prior allows, such as one that only some donors express, would be pulled to a
-    variance much too small. Both ends of the distribution of :math:`\log s_g^2` are therefore drawn in before the two
-    numbers are estimated, and a gene that the prior does not expect among as many genes gets fewer prior degrees of
-    freedom: :math:`d_0` times the ratio of its tail probability to the one expected at its rank, if that is below 1
-    (Phipson et al., Ann. Appl. Stat. 10:946, 2016).
-
-    Parameters
-    ----------
-    variances
-        Residual variances, shape ``(n_genes,)``.
-    df
-        Their degrees of freedom.
-
-    Returns
-    -------
-    Moderated variances, and their degrees of freedom (at most a million, which is a normal), shape ``(n_genes,)`` each.
-    """
-    n_genes = len(variances)
-    # A gene that happens not to vary would pull the mean logarithm to minus infinity.
-    floor = max(1e-5 * np.median(variances), 1e-12)
-    logs = np.log(np.maximum(variances, floor))
-    prior, prior_df = _variance_prior(logs, df)
-    tail = fdtrc(df, prior_df, np.exp(logs) / prior)
-    expected = np.empty(n_genes)
-    expected[np.argsort(-variances, kind="stable")] = (np.arange(n_genes) + 0.5) / n_genes
-    own_df = prior_df * np.minimum(_running_max(tail / expected, -variances), 1.0)
-    moderated = (own_df * prior + df * variances) / (own_df + df)
-    return moderated, np.minimum(own_df + df, _MAX_DF)
-
-
-def _variance_prior(logs: np.ndarray, df: float) -> tuple[float, float]:
-    """Location and degrees of freedom of the prior, from the bulk of the logarithms of the variances."""
-    low, high = np.quantile(logs, [_DRAWN_IN[0], 1 - _DRAWN_IN[1]])
-    drawn_in = np.clip(logs, low, high)
-
-    def expected(prior_df: float) -> tuple[float, float]:
-        # Of log F, likewise drawn in: quantiles on a grid stand for the distribution.
-        grid = np.log(fdtri(df, prior_df, _GRID))
-        ends = np.log(fdtri(df, prior_df, np.array([_DRAWN_IN[0], 1 - _DRAWN_IN[1]])))
-        grid = np.clip(grid, *ends)
-        return float(grid.mean()), float(grid.var())
-
-    spread = drawn_in.var(ddof=1) if len(logs) > 1 else 0.0
-    if spread <= expected(_MAX_DF)[1]:
-        prior_df = _MAX_DF
-    else:
-        prior_df = np.exp(brentq(lambda x: np.log(expected(np.exp(x))[1] / spread), np.log(0.05), np.log(_MAX_DF)))
-    return float(np.exp(drawn_in.mean() - expected(prior_df)[0])), prior_df
-
-
-def _running_max(values: np.ndarray, order_by: np.ndarray) -> np.ndarray:
-    """Largest value so far in the given order: a gene that varies less than another is no more of an outlier."""
-    order = np.argsort(order_by, kind="stable")
-    result = np.empty_like(values)
-    result[order] = np.maximum.accumulate(values[order])
-    return result
 
 
 def prob_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray, delta: float) -> np.ndarray:

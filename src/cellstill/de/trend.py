@@ -13,7 +13,7 @@ def variance_trend(variances: np.ndarray, level: np.ndarray) -> np.ndarray:
     """Typical variance of genes with as many counts, shape ``(n_genes,)``.
 
     Counting makes the logarithm of a gene with few counts scatter more, so that a prior common to all genes
-    (:func:`~cellstill.de.posterior.moderate_variances`) would be too wide to be of use. Divided by this trend the
+    (:func:`~cellstill.de.variances.moderate_variances`) would be too wide to be of use. Divided by this trend the
     variances have one (limma-trend: Law et al., Genome Biol. 15:R29, 2014). It is a natural cubic spline of the log
     variance, by least squares, with five knots at quantiles of the level; constant with fewer than 50 genes.
 
