@@ -295,3 +295,12 @@ def test_groups_as_samples_are_refused():
     obs = cells(BALANCED, ["sample", "group", "batch"])
     with pytest.raises(InvalidArgumentError, match="sample_key and groupby are both 'group'"):
         design_of(obs, sample_key="group")
+
+
+@pytest.mark.parametrize("argument", ["sample_key", "batch_key", "covariate_keys"])
+@pytest.mark.parametrize("name", ["n_cells", "size_factor"])
+def test_columns_that_the_table_of_samples_adds_are_refused(argument, name):
+    obs = cells(BALANCED, ["sample", "group", "batch"])
+    obs[name] = obs["sample" if argument == "sample_key" else "batch"]
+    with pytest.raises(InvalidArgumentError, match=rf"{argument}='{name}': .*Rename obs\['{name}'\]"):
+        design_of(obs, **{argument: [name] if argument == "covariate_keys" else name})

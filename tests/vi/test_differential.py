@@ -280,3 +280,20 @@ def test_a_missing_batch_is_no_batch_of_its_own(trained):
         trained.differential_expression(
             "condition", "treat", "ctrl", "donor", PseudobulkConfig(), adata=adata, batch_keys=["lane"]
         )
+
+
+def test_ranks_take_one_batch_column(trained):
+    adata = trained.adata.copy()
+    adata.obs["lane"] = np.where(pd.factorize(adata.obs["donor"])[0] % 4 < 2, "a", "b")
+    with pytest.raises(
+        InvalidArgumentError, match=r"'wilcoxon' ranks samples within one batch column.*'batch', 'lane'"
+    ):
+        trained.differential_expression(
+            "condition",
+            "treat",
+            "ctrl",
+            "donor",
+            PseudobulkConfig(method="wilcoxon"),
+            adata=adata,
+            batch_keys=["batch", "lane"],
+        )

@@ -12,6 +12,9 @@ import pandas as pd
 from cellstill.de.result import Contrast
 from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
 
+RESERVED = ("n_cells", "total_counts", "size_factor", "reason")
+"""Columns that are added to tables of samples."""
+
 _N_NAMED = 5
 _N_SHOWN = 8
 
@@ -95,6 +98,13 @@ def make_units(
             f"sample_key and groupby are both {column!r}: each group would be a single sample. "
             "Name the column of the donors or samples, which are the replicates."
         )
+    named = {sample_key: "sample_key", column: "groupby", batch_key: "batch_key"}
+    for key, argument in {**dict.fromkeys(covariate_keys, "covariate_keys"), **named}.items():
+        if key in RESERVED:
+            raise InvalidArgumentError(
+                f"{argument}={key!r}: the table of samples has a column of that name of its own, as {RESERVED}. "
+                f"Rename obs[{key!r}]."
+            )
     used = obs.iloc[cells]
     columns = {sample_key: text_column(used, sample_key, "sample_key"), column: text_column(used, column, "groupby")}
     if batch_key is not None:

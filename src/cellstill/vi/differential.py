@@ -123,6 +123,11 @@ class Differential(Criticism):
             obs, terms = batch_terms(
                 obs, terms, contrast, sample_key=sample_key, within=within, min_cells=how.min_cells_per_sample
             )
+        if len(terms) > 1 and isinstance(how, PseudobulkConfig) and how.method == "wilcoxon":
+            raise InvalidArgumentError(
+                f"method='wilcoxon' ranks samples within one batch column, and the design has {terms}. "
+                f"Name one, such as batch_keys={terms[:1]}, or use method='ttest' or 'deseq2'."
+            )
         obs = obs.astype(dict.fromkeys(terms, str))
         how = replace(how, covariate_keys=tuple(dict.fromkeys([*terms[1:], *how.covariate_keys])))
         asked: dict[str, Any] = {**contrast.arguments, "sample_key": sample_key}
