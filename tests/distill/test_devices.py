@@ -27,7 +27,8 @@ SCRIPT = textwrap.dedent(
     def train(devices, checkpoint=None):
         adata = simulate_counts(n_obs=600, n_vars=120, n_batches=3, n_cell_types=4, library_size_median=3000, seed=11)
         teacher = HarmonyTeacher(max_iter=3)
-        model = Distiller(adata, "batch", n_latent=8, teacher=teacher, dropout=0.0, covariate_keys=["condition"])
+        settings = {"covariate_keys": ["condition"], "pca_method": "scaled_residuals"}
+        model = Distiller(adata, "batch", n_latent=8, teacher=teacher, dropout=0.0, **settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Harmony stopped at max_iter")
             model.train(
