@@ -80,11 +80,15 @@ def test_what_batch_and_stratum_share_is_left_as_it_is():
     counts, batch, _, _ = simulated((0.5, 0.5))
     confounded = GeneScaling.fit(counts, batch, np.eye(2)[batch])
     np.testing.assert_allclose(confounded.factors, 1, rtol=1e-6)
-    pair = batch + 2 * (np.arange(N_OBS) % 2)  # batches 0 and 2, and 1 and 3, are of one level
-    factors = GeneScaling.fit(counts, pair, np.eye(2)[batch]).factors
+
+
+def test_batches_that_no_stratum_joins_are_scaled_apart():
+    counts, batch, level, _ = simulated((0.1, 0.3, 0.9, 0.7))
+    part = batch % 2
+    factors = GeneScaling.fit(counts, batch, np.hstack([np.eye(2)[part], np.eye(2)[level]])).factors
     for k in range(2):
-        alone = batch == k
-        own = GeneScaling.fit(counts[alone], pair[alone] // 2).factors
+        alone = part == k
+        own = GeneScaling.fit(counts[alone], batch[alone] // 2, np.eye(2)[level[alone]]).factors
         np.testing.assert_allclose(factors[[k, k + 2]], own, rtol=1e-5)
 
 
