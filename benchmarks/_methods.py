@@ -149,7 +149,8 @@ def cellstill(
             "r2_training_cells": model.get_teacher_agreement("train"),
         }
         if len(test) > 1:
-            uncorrected = fit_pca(adata.X, model.n_latent, method=model.pca_method, seed=seed).transform(adata.X)
+            kind: PCAMethod = "standard" if model.pca_method == "standard" else "pearson_residuals"
+            uncorrected = fit_pca(adata.X, model.n_latent, method=kind, seed=seed).transform(adata.X)
             numbers["r2_held_out"] = model.get_teacher_agreement("test")
             numbers["r2_of_pca"] = r2(target[test], uncorrected[test])
         return {"embedding": student, "teacher": target}, numbers

@@ -15,6 +15,8 @@ FEWEST_EPOCHS = {"n_epochs_encoder": 3, "n_epochs_decoder": 3}
 SCVI_EPOCHS = 50
 PEER_SAMPLES = 25
 """Posterior draws of scdistill, which keeps draws x cells x genes: its default of 100 would be 12 GB in scenario 3."""
+SETUP = {"pca_method": "scaled_residuals", "n_latent": 10}
+"""Our Distiller's arguments that are not defaults: batches of the simulation differ gene by gene, and only so."""
 RESULT = "result"
 """Name of the result of a test, which has one only."""
 
@@ -42,6 +44,7 @@ def _distilled(protected: bool, scenario: Scenario, quick: bool) -> dict[str, An
         "protected": ["condition", *scenario.covariates] if protected else None,
         "covariates": scenario.covariates,
         "results": ["corrected", "bayesian"],
+        "setup": SETUP,
         "train": FEWEST_EPOCHS if quick else {},
     }
 

@@ -98,13 +98,13 @@ def distiller(
     protected: Sequence[str] | None,
     covariates: Sequence[str],
     results: Sequence[str],
+    setup: Mapping[str, Any],
     train: Mapping[str, Any],
 ) -> Finish:
     """Our Distiller: counts as all batches would have them, and posterior draws."""
     from cellstill import Distiller
 
-    n_latent = min(N_COMPONENTS, min(adata.shape) - 1)
-    model = Distiller(adata, batch_key=batch_key, covariate_keys=protected, seed=seed, n_latent=n_latent)
+    model = Distiller(adata, batch_key=batch_key, covariate_keys=protected, seed=seed, **setup)
     model.train(accelerator="cpu", progress=False, **train)
 
     def corrected() -> Genes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from _simulated_fits import SETUP
 from _simulated_scenarios import COMMON, CONTRAST, split_donors
 from anndata import AnnData
 
@@ -44,7 +45,7 @@ def compare_nothing(kind: str, seed: int, method: str) -> dict[str, dict[str, An
     from cellstill import Distiller
 
     protected = [*covariates, contrast["groupby"]]
-    model = Distiller(adata, batch_key="batch", covariate_keys=protected, seed=seed)
+    model = Distiller(adata, batch_key="batch", covariate_keys=protected, seed=seed, **SETUP)
     model.train(accelerator="cpu", progress=False)
     how: Mapping[str, Callable[[], Any]] = {
         "corrected": lambda: PseudobulkConfig(expression="corrected", covariate_keys=covariates),

@@ -35,7 +35,7 @@ from _common import (
     write_section,
 )
 from _readme import update_readme
-from _simulated_fits import FEWEST_EPOCHS, FITS, LATENTS, RESULT, Fit
+from _simulated_fits import FEWEST_EPOCHS, FITS, LATENTS, RESULT, SETUP, Fit
 from _simulated_methods import measured
 from _simulated_null import KINDS, SIZE, TESTS, TRAINED, WAYS, compare_nothing
 from _simulated_scenarios import COMMON, SCENARIOS, Scenario
@@ -398,7 +398,7 @@ def null(options: Options) -> Section:
         for method in (*TESTS, TRAINED):
             found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS.get(method, (method,))}
             for seed in range(options.null_runs[method]):
-                key, settings = f"null/{kind}-{seed}-{method}", (kind, SIZE)
+                key, settings = f"null/{kind}-{seed}-{method}", (kind, SIZE, *([SETUP] if method == TRAINED else []))
                 numbers = options.store.read(key, settings)
                 if numbers is None and options.resume:
                     try:
@@ -450,7 +450,11 @@ def memory(options: Options) -> Section:
     section = Section("Memory of a Bayesian comparison, 3,000 x 1,000, 100 draws", MEMORY_COLUMNS)
     size = {**COMMON, "n_obs": 600 if options.quick else 3000, "n_vars": 200 if options.quick else 1000, "n_batches": 2}
     jobs = {
-        "Distiller": ("distiller", "bayesian", {"protected": None, "covariates": [], "train": FEWEST_EPOCHS}),
+        "Distiller": (
+            "distiller",
+            "bayesian",
+            {"protected": None, "covariates": [], "setup": SETUP, "train": FEWEST_EPOCHS},
+        ),
         "scdistill": ("scdistill", "bayesian", {"n_samples": 100, "train": FEWEST_EPOCHS}),
         "scVI": ("scvi", "change", {"covariates": [], "max_epochs": 3}),
     }

@@ -13,6 +13,7 @@ import pytest
 
 from cellstill import Distiller
 from cellstill.cli import _pipeline
+from cellstill.data import fit_pca
 from cellstill.metrics import integration_table, knn_accuracy
 
 ARGS = ["--batch-key", "batch", "--label-key", "cell_type", "--covariate-key", "condition"]
@@ -82,6 +83,17 @@ def test_everything_is_kept_and_the_results_are_the_models(cellstill, whole, her
     assert list(record["settings"]["covariate_keys"]) == ["condition"]
     assert record["settings"]["n_latent"] == 5
     assert set(record["versions"]) >= {"cellstill", "torch", "anndata", "harmonypy", "scvi-tools"}
+
+
+def test_components_before_are_of_the_counts_as_they_are_when_genes_are_scaled(cellstill, cells, write, here):
+    result = cellstill("integrate", write(cells), *ARGS, "--pca-method", "scaled_residuals", quick=True)
+    assert result.exit_code == 0, result.stderr
+    after = ad.read_h5ad(here / "in_cellstill" / "integrated.h5ad")
+    model = Distiller.load(here / "in_cellstill" / "model", after.copy())
+    assert model.pca_method == "scaled_residuals"
+    np.testing.assert_allclose(after.obsm["X_cellstill"], model.latent.student, atol=1e-5)
+    pca = fit_pca(cells.X, after.obsm["X_teacher"].shape[1], method="pearson_residuals")
+    np.testing.assert_allclose(after.obsm["X_pca_uncorrected"], pca.transform(cells.X), atol=1e-3)
 
 
 def test_the_summary_holds_the_metrics_of_what_was_written(cellstill, cells, write, here):

@@ -247,8 +247,15 @@ def _build(adata: AnnData, layer: str | None, settings: Settings) -> Distiller:
 
 
 def _embeddings(model: Distiller, teacher: str) -> dict[str, np.ndarray]:
+    fitted, counts = model._fitted(), model._cells().counts
+    pca = fitted.pca
+    if fitted.scaling is not None:
+        from cellstill.data import fit_pca
+
+        # The model's own components are of scaled counts: those before any correction are of the counts as they are.
+        pca = fit_pca(counts, pca.components.shape[1], method=pca.method, seed=model.seed)
     return {
-        BEFORE: model._fitted().pca.transform(model._cells().counts),
+        BEFORE: pca.transform(counts),
         f"teacher ({teacher})": model.latent.teacher,
         AFTER: model.latent.student,
     }

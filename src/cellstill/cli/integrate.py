@@ -23,6 +23,7 @@ class PCAChoice(StrEnum):
 
     standard = "standard"
     pearson_residuals = "pearson_residuals"
+    scaled_residuals = "scaled_residuals"
 
 
 class Accelerator(StrEnum):
@@ -90,7 +91,11 @@ def integrate(
     ] = 50,
     pca_method: Annotated[
         PCAChoice,
-        typer.Option(help="Take pearson_residuals where batches differ in depth.", rich_help_panel=_METHOD),
+        typer.Option(
+            help="Take pearson_residuals where batches differ in depth, scaled_residuals (and --n-latent 10) "
+            "where they differ gene by gene and hold the same kinds of cells.",
+            rich_help_panel=_METHOD,
+        ),
     ] = PCAChoice.standard,
     epochs_encoder: Annotated[
         int, typer.Option(min=0, help="Most epochs of the encoder.", metavar="N", rich_help_panel=_METHOD)

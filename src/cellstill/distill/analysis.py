@@ -33,7 +33,10 @@ class Analysis(Trained):
     ) -> QueryMapping:
         """Map new cells: their latent, transferred labels, and how far they are from anything known.
 
-        The teacher is not run again. Batches need not be known; nor is a batch column needed.
+        The teacher is not run again. Batches need not be known; nor is a batch column needed, except by
+        ``pca_method="scaled_residuals"``: it scales the cells of a known batch by the batch's factors, and those of an
+        unseen one by factors estimated from its own cells, 100 at least, against the composition of the training cells
+        with the same covariates. Cells of fewer, or without a batch, are encoded as they are, with a warning.
 
         Parameters
         ----------

@@ -33,15 +33,23 @@ class Cells:
         Annotations.
     gene_overlap
         Share of the model's genes that the data have.
+    scaled
+        Counts as the encoder reads them, where it reads others than ``counts``: scaled gene by gene.
     """
 
     counts: sp.csr_matrix
     batch: np.ndarray
     obs: pd.DataFrame
     gene_overlap: float = 1.0
+    scaled: sp.csr_matrix | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
+
+    @property
+    def encoded(self) -> sp.csr_matrix:
+        """Counts as the encoder reads them."""
+        return self.counts if self.scaled is None else self.scaled
 
     @classmethod
     def read(
@@ -86,4 +94,5 @@ class Cells:
         if indices is None:
             return self
         indices = cell_positions(indices, len(self))
-        return Cells(self.counts[indices], self.batch[indices], self.obs.iloc[indices], self.gene_overlap)
+        scaled = None if self.scaled is None else self.scaled[indices]
+        return Cells(self.counts[indices], self.batch[indices], self.obs.iloc[indices], self.gene_overlap, scaled)

@@ -11,6 +11,7 @@ import torch
 
 from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.data.covariates import CovariateDesign
+from cellstill.data.gene_scaling import GeneScaling
 from cellstill.data.loader import CountsLoader
 from cellstill.data.pca import PCA
 from cellstill.distill.cells import Cells
@@ -49,8 +50,12 @@ class Fitted:
         :meth:`misfit` of the cells that were not trained on (of all cells, if there are no others), sorted.
     record
         How the teacher fared.
+    scaling
+        Factors of the batches' genes, for ``pca_method="scaled_residuals"``.
     query_batches
         Embedding of each batch that was learned after training.
+    query_factors
+        Factors of the same batches' genes, if there is a ``scaling``.
     """
 
     pca: PCA
@@ -68,7 +73,9 @@ class Fitted:
     splits: dict[str, np.ndarray]
     usual_misfit: np.ndarray
     record: dict[str, Any]
+    scaling: GeneScaling | None = None
     query_batches: dict[str, np.ndarray] = field(default_factory=dict)
+    query_factors: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -89,12 +96,12 @@ class Fitted:
     def encode(self, cells: Cells, batch_size: int = 4096, masks: Masks | None = None) -> np.ndarray:
         """Latent of cells, standardised per dimension, float32, shape ``(n, n_latent)``."""
         latent = np.empty((len(cells), len(self.center)), dtype=np.float32)
-        loader = CountsLoader(cells.counts, batch_size=batch_size)
+        loader = CountsLoader(cells.encoded, batch_size=batch_size)
         with torch.inference_mode(), keeping_freed_memory():
             for start in range(0, len(cells), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(cells)))
                 batch = loader.gather(rows)
-                block = cells.counts[rows[0] : rows[-1] + 1]
+                block = cells.encoded[rows[0] : rows[-1] + 1]
                 batch["pca"] = torch.from_numpy(self.pca.transform(block))
                 latent[rows] = self.encoder({k: v.to(self.device) for k, v in batch.items()}, masks).cpu().numpy()
         return latent
@@ -179,7 +186,9 @@ class Fitted:
         for prefix, group in (
             ("pca.", {name: getattr(self.pca, name) for name in _PCA_ARRAYS}),
             ("split.", self.splits),
+            ("scaling.", {} if self.scaling is None else vars(self.scaling)),
             ("query_batch.", self.query_batches),
+            ("query_factor.", self.query_factors),
             ("encoder.", _weights(self.encoder)),
             ("decoder.", _weights(self.decoder)),
         ):
@@ -219,7 +228,7 @@ class Fitted:
         )
         for module, weights in ((encoder, encoder_weights), (decoder, decoder_weights)):
             module.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-        learned = group("query_batch.")
+        learned, scaling, factors = group("query_batch."), group("scaling."), group("query_factor.")
         return cls(
             pca=pca,
             encoder=encoder.eval().requires_grad_(False),
@@ -236,7 +245,9 @@ class Fitted:
             splits=group("split."),
             usual_misfit=tensors["usual_misfit"],
             record=dict(config["record"]),
+            scaling=GeneScaling(**scaling) if scaling else None,
             query_batches={name: learned[name] for name in config["query_batches"]},
+            query_factors={name: factors[name] for name in config["query_batches"]} if scaling else {},
         )
 
 

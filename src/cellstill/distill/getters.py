@@ -53,7 +53,9 @@ class Getters(Trained):
         Parameters
         ----------
         adata
-            Any cells with the model's genes, in any order; ``None`` takes the model's own. No batch is needed.
+            Any cells with the model's genes, in any order; ``None`` takes the model's own. No batch is needed, except
+            by ``pca_method="scaled_residuals"``, which without it, or with fewer than 100 cells of a batch that it has
+            not seen, warns and encodes counts as they are.
         indices
             Positions of the cells wanted, or a mask; ``None`` takes all.
         batch_size

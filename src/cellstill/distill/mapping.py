@@ -10,6 +10,7 @@ import pandas as pd
 from cellstill.data.loader import CountsLoader
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted
+from cellstill.distill.scaling import factors_of
 from cellstill.distill.student import NewBatches
 from cellstill.train.fit import fit, seeded
 
@@ -77,7 +78,7 @@ def learn_batches(
     lr: float,
     seed: int,
 ) -> None:
-    """Learn an embedding for each unseen batch from its cells, and add it to ``fitted``."""
+    """Learn an embedding for each unseen batch from its cells, and add it to ``fitted``, with its genes' factors."""
     if not unseen or fitted.decoder.batches.embedding_dim == 0:
         return
     wanted = np.flatnonzero(np.isin(names, unseen))
@@ -95,3 +96,5 @@ def learn_batches(
         fit(module, loader, max_epochs=n_epochs, lr=lr, accelerator=accelerator)
     vectors = module.vectors.detach().cpu().numpy()
     fitted.query_batches.update(zip(unseen, vectors, strict=True))
+    if fitted.scaling is not None:
+        fitted.query_factors.update((name, factors_of(fitted, cells[names == name])) for name in unseen)

@@ -6,19 +6,18 @@ import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 
 from cellstill._compat.scvi import category_registry, register, setup_args
 from cellstill.data.covariates import CovariateDesign, obs_column
-from cellstill.data.pca import PCAMethod
 from cellstill.distill.analysis import Analysis
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted
 from cellstill.distill.getters import Getters
 from cellstill.distill.setup import check_setup, find_counts, warn_if_depths_differ
-from cellstill.distill.training import TrainingSettings, distill
+from cellstill.distill.training import ComponentsMethod, TrainingSettings, distill
 from cellstill.errors import InvalidArgumentError, StoreError, check_option
 from cellstill.io.store import load_store, save_store
 from cellstill.nn.compiled import CompileMode
@@ -59,7 +58,12 @@ class Distiller(Getters, Analysis):
         differential expression draws from, so 0 leaves it without model uncertainty.
     pca_method
         ``"standard"`` (log2 CPM) or ``"pearson_residuals"``, which puts cells of different depth on one scale of noise:
-        choose it where batches differ in depth (:func:`~cellstill.data.fit_pca`).
+        choose it where batches differ in depth (:func:`~cellstill.data.fit_pca`). ``"scaled_residuals"``: the same of
+        counts whose genes are first scaled, batch by batch, to one composition
+        (:class:`~cellstill.data.gene_scaling.GeneScaling`). Choose it where batches differ gene by gene, as those of
+        different chemistries do, with few components: of those beyond biology batches keep a trace (``n_latent=10`` is
+        a good start). It is wrong where batches hold cell types, or other biology, in different shares that
+        ``covariate_keys`` does not name: what one batch has more of is taken for its effect on genes and scaled away.
     use_batch_conditioning
         The decoder knows the batch, so it can decode a cell as another batch.
     n_batch_embedding
@@ -79,10 +83,11 @@ class Distiller(Getters, Analysis):
 
     Notes
     -----
-    With x~ = log2(CPM + 1) and z* standardised per dimension, phase 1 minimises ``|E(x~) - z*|^2``, where
-    ``E(x~) = A pca(x~) + c + MLP(x~)`` and the linear part is frozen. Phase 2 minimises ``-log NB(x | l rho, theta)``
-    with ``rho = softmax(D([z, e(batch), covariates]))``, l the cell's library size and theta one inverse dispersion per
-    gene. Each phase keeps a validation split, stops early, and ends with its best weights.
+    With x~ = log2(CPM + 1), of scaled counts for ``"scaled_residuals"``, and z* standardised per dimension, phase 1
+    minimises ``|E(x~) - z*|^2``, where ``E(x~) = A pca(x~) + c + MLP(x~)`` and the linear part is frozen. Phase 2
+    minimises ``-log NB(x | l rho, theta)`` with ``rho = softmax(D([z, e(batch), covariates]))``, l the cell's library
+    size and theta one inverse dispersion per gene. Each phase keeps a validation split, stops early, and ends with its
+    best weights.
 
     Examples
     --------
@@ -106,7 +111,7 @@ class Distiller(Getters, Analysis):
         n_hidden: int = 128,
         n_layers: int = 2,
         dropout: float = 0.1,
-        pca_method: PCAMethod = "standard",
+        pca_method: ComponentsMethod = "standard",
         use_batch_conditioning: bool = True,
         n_batch_embedding: int = 10,
         seed: int = 0,
@@ -127,7 +132,7 @@ class Distiller(Getters, Analysis):
                 "with them, or give them to Distiller.setup_anndata."
             )
         super().__init__(adata, _registry)
-        check_option("pca_method", pca_method, ("standard", "pearson_residuals"))
+        check_option("pca_method", pca_method, get_args(ComponentsMethod))
         sizes = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}
         for name, value in {**sizes, "n_batch_embedding": n_batch_embedding, "seed": seed}.items():
             least = 1 if name in sizes else 0

@@ -12,6 +12,7 @@ from cellstill._compat.scvi import RegisteredModel
 from cellstill.data.covariates import obs_column
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted
+from cellstill.distill.scaling import scale_cells
 from cellstill.distill.student import MEAN_BATCH
 from cellstill.errors import InvalidArgumentError, NotTrainedError, check_option
 
@@ -92,7 +93,7 @@ class Trained(RegisteredModel):
                 f"adata.obs[{self._setup['batch_key']!r}] has changed since the model was trained: it names batches "
                 f"other than {list(fitted.batch_codes)}. Put it back, or train a new model."
             )
-        return cells
+        return scale_cells(fitted, cells, self._setup["batch_key"])
 
     def _teacher_latent(self) -> np.ndarray:
         fitted = self._fitted()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from cellstill.data.covariates import CovariateDesign
+from cellstill.data.gene_scaling import GeneScaling
 from cellstill.data.loader import CountsLoader, split_cells
 from cellstill.data.pca import PCA, PCAMethod, fit_pca
 from cellstill.distill.cells import Cells
@@ -21,6 +23,9 @@ from cellstill.teachers import Teacher, TeacherInput, TeacherOutput
 from cellstill.train.devices import join
 from cellstill.train.fit import fit, seeded
 from cellstill.train.progress import OnEpoch
+
+ComponentsMethod = Literal["standard", "pearson_residuals", "scaled_residuals"]
+"""What the principal components are of; see :class:`~cellstill.Distiller`."""
 
 _EVALUATION_BATCH = 1024
 
@@ -56,7 +61,7 @@ def distill(
     design: CovariateDesign,
     obsm: Mapping[str, Any],
     teacher: Teacher,
-    pca_method: PCAMethod,
+    pca_method: ComponentsMethod,
     n_latent: int,
     network: Mapping[str, Any],
     settings: TrainingSettings,
@@ -70,9 +75,15 @@ def distill(
     # What several processes could compute to other last digits, the first computes for all.
     ranks = join(settings.accelerator, settings.devices)
 
+    scaling = None
+    if pca_method == "scaled_residuals":
+        scaling = ranks.from_first(lambda: GeneScaling.fit(cells.counts, cells.batch, design.encode(cells.obs)))
+        cells = replace(cells, scaled=scaling.apply(cells.counts, cells.batch))
+
     def teach() -> tuple[PCA, np.ndarray, TeacherOutput]:
-        pca = fit_pca(cells.counts, n_latent, method=pca_method, seed=settings.seed)
-        components = pca.transform(cells.counts)
+        method: PCAMethod = "standard" if pca_method == "standard" else "pearson_residuals"
+        pca = fit_pca(cells.encoded, n_latent, method=method, seed=settings.seed)
+        components = pca.transform(cells.encoded)
         inputs = TeacherInput(
             pca=components, batch=cells.batch, obs=cells.obs, design=design, obsm=obsm, seed=settings.seed
         )
@@ -99,7 +110,7 @@ def distill(
             gene_fraction=pca.gene_fraction,
             **network,
         )
-        loaders = _loaders(cells, {"pca": components, "target": target}, train, validation, settings)
+        loaders = _loaders(cells.encoded, {"pca": components, "target": target}, train, validation, settings)
         history = {"encoder": _phase("encoder", encoder, loaders, settings.n_epochs_encoder, settings, cells)}
         fitted = Fitted(
             pca=pca,
@@ -117,12 +128,13 @@ def distill(
             splits={"train": train, "validation": validation, "test": test},
             usual_misfit=np.empty(0),
             record=lesson.record,
+            scaling=scaling,
         )
         # The encoder is frozen now: each cell is encoded once, not once per epoch.
         latent = ranks.from_first(lambda: fitted.encode(cells))
         fitted.student_latent = fitted.to_teacher(latent)
         per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
-        loaders = _loaders(cells, per_cell, train, validation, settings)
+        loaders = _loaders(cells.counts, per_cell, train, validation, settings)
         history["decoder"] = _phase("decoder", decoder, loaders, settings.n_epochs_decoder, settings, cells)
     decoder.requires_grad_(False)
     held_out = np.concatenate([validation, test]) if len(train) < len(cells) else train
@@ -170,18 +182,18 @@ def _with_every_batch(batch: np.ndarray, train: np.ndarray, *others: np.ndarray)
 
 
 def _loaders(
-    cells: Cells,
+    counts: sp.csr_matrix,
     per_cell: Mapping[str, np.ndarray],
     train: np.ndarray,
     validation: np.ndarray,
     settings: TrainingSettings,
 ) -> tuple[CountsLoader, CountsLoader | None]:
     loader = CountsLoader(
-        cells.counts, per_cell, indices=train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed
+        counts, per_cell, indices=train, batch_size=settings.batch_size, shuffle=True, seed=settings.seed
     )
     if len(validation) == 0:
         return loader, None
-    return loader, CountsLoader(cells.counts, per_cell, indices=validation, batch_size=_EVALUATION_BATCH)
+    return loader, CountsLoader(counts, per_cell, indices=validation, batch_size=_EVALUATION_BATCH)
 
 
 def _ridge(components: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
