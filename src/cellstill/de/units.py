@@ -98,8 +98,8 @@ def make_units(
             f"sample_key and groupby are both {column!r}: each group would be a single sample. "
             "Name the column of the donors or samples, which are the replicates."
         )
-    named = {sample_key: "sample_key", column: "groupby", batch_key: "batch_key"}
-    for key, argument in {**dict.fromkeys(covariate_keys, "covariate_keys"), **named}.items():
+    named = [("sample_key", sample_key), ("groupby", column), ("batch_key", batch_key)]
+    for argument, key in [*named, *(("covariate_keys", key) for key in covariate_keys)]:
         if key in RESERVED:
             raise InvalidArgumentError(
                 f"{argument}={key!r}: the table of samples has a column of that name of its own, as {RESERVED}. "
