@@ -6,7 +6,7 @@ Only the first part is timed. Every method starts from raw counts in ``adata.X``
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,8 +91,10 @@ def scvi(
     return lambda: ({"embedding": model.get_latent_representation()}, {"epochs": len(model.history["elbo_train"])})
 
 
-def scdistill(adata: AnnData, batch_key: str, seed: int, *, train: dict[str, Any] | None = None, **init: Any) -> Finish:
-    """The peer, with its Harmony teacher and its own defaults."""
+def fit_scdistill(
+    adata: AnnData, batch_key: str, seed: int, *, train: Mapping[str, Any] | None = None, **init: Any
+) -> Any:
+    """Train the peer's model, with its Harmony teacher and its own defaults."""
     import harmonypy
     import scdistill as peer
     import torch
@@ -109,6 +111,12 @@ def scdistill(adata: AnnData, batch_key: str, seed: int, *, train: dict[str, Any
         harmonypy.run_harmony = turned
     model = peer.Distiller(adata, batch_key=batch_key, device="cpu", **{"n_latent": _components(adata), **init})
     model.train(verbose=False, **(train or {}))
+    return model
+
+
+def scdistill(adata: AnnData, batch_key: str, seed: int, **settings: Any) -> Finish:
+    """The peer (:func:`fit_scdistill`)."""
+    model = fit_scdistill(adata, batch_key, seed, **settings)
 
     def finish() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         student, teacher = model.latent.student, model.latent.teacher

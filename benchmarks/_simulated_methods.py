@@ -11,12 +11,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from _methods import N_COMPONENTS, Finish
+from _methods import Finish, fit_scdistill
 from _simulated_scenarios import CONTRAST
 from _simulated_scores import Genes, columns_of, pack
 from _worker import peak_megabytes, reset_peak, resident_megabytes
@@ -140,23 +139,9 @@ def scdistill(
     train: Mapping[str, Any],
 ) -> Finish:
     """The peer with its Harmony teacher: its tests of decoded expression, and its posterior draws."""
-    import harmonypy
-    import scdistill as peer
-    import torch
     from scdistill.de import BayesianConfig, PseudobulkConfig
 
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the peer draws from it
-    run_harmony = harmonypy.run_harmony
-
-    # scdistill 0.3.1 transposes Z_corr, which harmonypy 2.1 already returns as cells x components.
-    def turned(*args: Any, **kwargs: Any) -> SimpleNamespace:
-        return SimpleNamespace(Z_corr=np.asarray(run_harmony(*args, **kwargs).Z_corr).T)
-
-    harmonypy.run_harmony = turned
-    n_latent = min(N_COMPONENTS, min(adata.shape) - 1)
-    model = peer.Distiller(adata, batch_key=batch_key, device="cpu", n_latent=n_latent)
-    model.train(verbose=False, **train)
+    model = fit_scdistill(adata, batch_key, seed, train=train)
 
     def tested(method: str) -> Genes:
         table = model.differential_expression(**CONTRAST, how=PseudobulkConfig(method=method))
