@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from cellstill.data.counts import iter_rows
+from cellstill.data.counts import as_csr, iter_rows
 from cellstill.errors import InvalidArgumentError
 
 PRIOR_COUNTS = 10.0
@@ -29,16 +29,17 @@ class GeneScaling:
 
     .. math:: \mu_{blg} = N_{bl}\, a_{bg}\, c_{lg}, \qquad \textstyle\sum_b N_b a_{bg} = \sum_b N_b,
 
-    fitted by maximum likelihood through iterative proportional scaling of all genes at once. Only what one stratum has
-    more of in one batch than in another is ascribed to the batch; what differs between strata is left. Without strata
-    :math:`a_{bg}` is the gene's share of the batch's counts over its share of all counts. Batches that no chain of
-    shared strata joins are scaled among those that are joined: between the others, batch and stratum cannot be told
-    apart, and nothing is scaled. A gene's rate is then shrunk towards 1, as by a gamma prior worth 10 counts,
+    fitted through iterative proportional scaling of all genes at once, the rates under a gamma prior of mean 1 that is
+    worth 10 counts:
 
-    .. math:: \hat a_{bg} = (x_{bg} + 10) / (e_{bg} + 10), \qquad e_{bg} = \textstyle\sum_l N_{bl} c_{lg},
+    .. math:: a_{bg} = (x_{bg} + 10) / (e_{bg} + 10), \qquad e_{bg} = \textstyle\sum_l N_{bl} c_{lg},
 
     with :math:`x_{bg}` the gene's counts in the batch: a gene that is expected 10 times goes half the way, one that is
-    expected once hardly moves. Counts are multiplied by :math:`1 / \hat a_{bg}`, within 1/10 and 10.
+    expected once hardly moves. Only what one stratum has more of in one batch than in another is ascribed to the batch;
+    what differs between strata is left. Without strata :math:`e_{bg} / x_{bg}` is the gene's share of all counts over
+    its share of the batch's. Batches that no chain of shared strata joins are scaled among those that are joined:
+    between the others, batch and stratum cannot be told apart, and nothing is scaled. Counts are multiplied by
+    :math:`1 / a_{bg}`, within 1/10 and 10.
 
     Attributes
     ----------
@@ -69,7 +70,7 @@ class GeneScaling:
             Code of each cell's batch, shape ``(n_obs,)``; every code from 0 to the largest occurs.
         covariates
             What must not be scaled away, as :meth:`CovariateDesign.encode` gives it, shape ``(n_obs, n_columns)``: a
-            stratum holds the cells that agree in all levels, and in the quarter in which a quantity falls.
+            stratum holds the cells that agree in all levels; a quantity is cut where a normal one has its quartiles.
 
         Raises
         ------
@@ -104,6 +105,7 @@ class GeneScaling:
         -------
         float32, CSR; index arrays are shared with ``counts``.
         """
+        counts = as_csr(counts)
         factors = self.factors if factors is None else factors
         factors = np.concatenate([factors, np.ones((1, factors.shape[1]), dtype=np.float32)])
         data = np.empty(counts.nnz, dtype=np.float32)
@@ -115,6 +117,8 @@ class GeneScaling:
 
     def of_new_batch(self, counts: sp.csr_matrix, covariates: np.ndarray | None = None) -> np.ndarray:
         """Estimate the factors of a batch that was not there, from its cells, against the composition of all others.
+
+        Genes that it has no count of, perhaps because they were not measured, are left out, and their factor is 1.
 
         Parameters
         ----------
@@ -136,7 +140,12 @@ class GeneScaling:
         known = stratum >= 0
         totals = np.bincount(stratum[known], library[known], minlength=len(self.strata)).astype(np.float64)
         totals += library[~known].sum() * self.totals / self.totals.sum()
-        return _factors(_sums(counts, np.zeros(n_obs, dtype=np.int64), 1), totals[None] @ self.shares)[0]
+        found = _sums(counts, np.zeros(n_obs, dtype=np.int64), 1)
+        seen = found[0] > 0
+        shares = self.shares[:, seen]
+        factors = np.ones(counts.shape[1], dtype=np.float32)
+        factors[seen] = _factors(found[:, seen], totals[None] @ _divided(shares, shares.sum(axis=1, keepdims=True)))[0]
+        return factors
 
 
 def _sums(counts: sp.csr_matrix, group: np.ndarray, n_groups: int) -> np.ndarray:
@@ -170,7 +179,7 @@ def _fit_shares(by_batch: np.ndarray, by_stratum: np.ndarray, totals: np.ndarray
     for _ in range(_MAX_ITER):
         shares = _divided(by_stratum, totals.T @ rates)
         fitted = totals @ shares
-        changed = _divided(by_batch, fitted, otherwise=1.0)
+        changed = (by_batch + PRIOR_COUNTS) / (fitted + PRIOR_COUNTS)
         level = average @ changed
         level[level == 0] = 1.0
         changed /= level
@@ -188,5 +197,5 @@ def _joined(shared: np.ndarray) -> np.ndarray:
     return part[:, None] == part
 
 
-def _divided(numerator: np.ndarray, denominator: np.ndarray, otherwise: float = 0.0) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.full_like(numerator, otherwise), where=denominator > 0)
+def _divided(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)

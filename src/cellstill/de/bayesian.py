@@ -52,7 +52,8 @@ class BayesianConfig:
     seed
         Seed of the dropout masks, and of what deals cells into pseudo-samples.
     target_batch
-        Batch, or batches (averaged), as which all cells are decoded; ``None`` averages over all of the model's.
+        Batch, or batches (averaged), as which all cells are decoded; ``None`` averages over those that have cells of
+        both groups, or over all where none has (:func:`~cellstill.de.choice.codes_of_both`).
 
     Notes
     -----

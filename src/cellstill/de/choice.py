@@ -13,7 +13,10 @@ from cellstill.errors import InvalidArgumentError, check_key, check_option
 
 REST = "rest"
 _ONE_EACH = "one per sample"
-_COLUMNS = ("gene", "base_mean", "lfc", "lfc_se", "p_value", "fdr", "is_de", "direction")
+_COLUMNS = (
+    *("gene", "base_mean", "lfc", "lfc_se", "p_value", "fdr", "is_de", "direction", "lfc_shrunken"),
+    *("lfc_borrowed", "prob_de", "fdr_alone", "lfc_mean", "ci_low", "ci_high", "reason"),
+)
 
 
 def choose_groups(
@@ -113,6 +116,28 @@ def require_samples(sample_key: str | None) -> str:
             "differences between donors into differences between groups."
         )
     return sample_key
+
+
+def codes_of_both(codes: np.ndarray, groups: pd.Series, contrast: Contrast) -> np.ndarray:
+    """Codes, such as those of batches, that both groups of a comparison have; all of them if there is none.
+
+    As these a model decodes all cells of a comparison, or corrects them to: how a batch differs from others is known of
+    cells like those that were measured in it. Decoded as of a batch that has one of the groups only, the other group is
+    an extrapolation, whose errors are not noise between samples but come back as fold changes.
+
+    Parameters
+    ----------
+    codes
+        Integers, shape ``(n_obs,)``; below 0 for cells without one.
+    groups
+        Group of each cell.
+    contrast
+        The comparison.
+    """
+    known, labels = codes >= 0, groups.to_numpy()
+    first, second = (np.unique(codes[known & (labels == group)]) for group in contrast[1:])
+    shared = first[np.isin(first, second)]
+    return shared if len(shared) else np.unique(codes[known])
 
 
 def batch_terms(

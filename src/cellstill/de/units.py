@@ -102,7 +102,7 @@ def make_units(
     for argument, key in [*named, *(("covariate_keys", key) for key in covariate_keys)]:
         if key in RESERVED:
             raise InvalidArgumentError(
-                f"{argument}={key!r}: the table of samples has a column of that name of its own, as {RESERVED}. "
+                f"{argument}={key!r}: the table of samples has columns {', '.join(RESERVED)} of its own. "
                 f"Rename obs[{key!r}]."
             )
     used = obs.iloc[cells]

@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstill.data.covariates import obs_column
 from cellstill.de import BayesianConfig, DEResult, PseudobulkConfig, StratifiedDEResult
-from cellstill.de.choice import batch_terms, check_within, choose_groups, require_samples
+from cellstill.de.choice import batch_terms, check_within, choose_groups, codes_of_both, require_samples
 from cellstill.distill.contrast import compare_groups
 from cellstill.distill.mapping import QueryMapping, learn_batches, map_cells
 from cellstill.distill.trained import Trained
@@ -139,7 +139,8 @@ class Analysis(Trained):
             min_cells=how.min_cells_per_sample,
         )
         wanted = getattr(how, "target_batch", None)
-        target = self._batch_codes(self.batch_names if wanted is None else wanted, "target_batch") or []
+        shared = codes_of_both(cells.batch, obs[contrast.column], contrast).tolist() if wanted is None else []
+        target = shared or self._batch_codes(wanted or self.batch_names, "target_batch") or []
         return compare_groups(
             fitted,
             cells,

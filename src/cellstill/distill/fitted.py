@@ -55,7 +55,7 @@ class Fitted:
     query_batches
         Embedding of each batch that was learned after training.
     query_factors
-        Factors of the same batches' genes, if there is a ``scaling``.
+        Factors of the same batches' genes, if there is a ``scaling``; those with too few cells have none.
     """
 
     pca: PCA
@@ -247,7 +247,7 @@ class Fitted:
             record=dict(config["record"]),
             scaling=GeneScaling(**scaling) if scaling else None,
             query_batches={name: learned[name] for name in config["query_batches"]},
-            query_factors={name: factors[name] for name in config["query_batches"]} if scaling else {},
+            query_factors=factors,
         )
 
 

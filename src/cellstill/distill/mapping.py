@@ -78,7 +78,10 @@ def learn_batches(
     lr: float,
     seed: int,
 ) -> None:
-    """Learn an embedding for each unseen batch from its cells, and add it to ``fitted``, with its genes' factors."""
+    """Learn an embedding of each unseen batch from its cells, and add it to ``fitted``.
+
+    With it go factors of its genes, if the model scales counts and the batch has cells enough.
+    """
     if not unseen or fitted.decoder.batches.embedding_dim == 0:
         return
     wanted = np.flatnonzero(np.isin(names, unseen))
@@ -96,5 +99,7 @@ def learn_batches(
         fit(module, loader, max_epochs=n_epochs, lr=lr, accelerator=accelerator)
     vectors = module.vectors.detach().cpu().numpy()
     fitted.query_batches.update(zip(unseen, vectors, strict=True))
-    if fitted.scaling is not None:
-        fitted.query_factors.update((name, factors_of(fitted, cells[names == name])) for name in unseen)
+    for name in unseen:
+        factors = factors_of(fitted, cells[names == name])
+        if factors is not None:
+            fitted.query_factors[name] = factors

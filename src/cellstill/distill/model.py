@@ -404,6 +404,8 @@ class Distiller(Getters, Analysis):
         try:
             fitted = Fitted.restore(tensors, config["fitted"], config["network"])
             setup = config["setup"]
+            if config["pca_method"] == "scaled_residuals" and fitted.scaling is None:
+                raise KeyError("scaling")
         except (KeyError, TypeError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
         registry = category_registry(cls.__name__, setup, {"batch": list(fitted.batch_codes)})

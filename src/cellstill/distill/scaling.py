@@ -30,40 +30,60 @@ def scale_cells(fitted: Fitted, cells: Cells, batch_key: str) -> Cells:
     """
     if fitted.scaling is None:
         return cells
-    codes, factors = cells.batch.copy(), [*fitted.scaling.factors, *fitted.query_factors.values()]
+    learned = [fitted.query_factors.get(name) for name in fitted.query_batches]
+    nothing = np.ones(len(fitted.genes), dtype=np.float32)
+    factors = [*fitted.scaling.factors, *(nothing if own is None else own for own in learned)]
+    lacking = [len(fitted.batch_names) + i for i, own in enumerate(learned) if own is None]
+    codes = np.where(np.isin(cells.batch, lacking), MEAN_BATCH, cells.batch)
     unseen = codes == MEAN_BATCH
-    if unseen.any() and batch_key not in cells.obs:
-        _warn(f"adata.obs has no {batch_key!r}: all cells are encoded without scaling. Name their batches in it.")
-    elif unseen.any():
-        names = cells.obs[batch_key].astype(str).to_numpy()
-        few = []
-        for name in np.unique(names[unseen]):
-            members = unseen & (names == name)
-            if members.sum() < FEWEST_CELLS:
-                few.append(str(name))
-                continue
-            codes[members] = len(factors)
-            factors.append(factors_of(fitted, cells[members]))
-        if few:
-            _warn(
-                f"Unseen batches with fewer than {FEWEST_CELLS} cells are encoded without scaling: "
-                f"{', '.join(map(repr, few[:5]))}{', ...' if len(few) > 5 else ''}. Map them with more of their cells."
-            )
-        if len(few) < len(np.unique(names[unseen])) and not fitted.design.knows(cells.obs):
-            _warn(
-                f"The covariates {fitted.design.keys} of the new cells are missing, or have levels that the model does "
-                "not know: what differs with them between an unseen batch and the cells of training is scaled away. "
-                "Add them to adata.obs if you can."
-            )
+    if batch_key in cells.obs:
+        names = cells.obs[batch_key].astype(object).to_numpy()
+        named = unseen & cells.obs[batch_key].notna().to_numpy()
+    else:
+        names, named = np.full(len(codes), None), np.zeros(len(codes), dtype=bool)
+    if not named[unseen].all():
+        _warn(
+            f"{(unseen & ~named).sum()} cells have no {batch_key!r} in adata.obs, and are encoded without scaling. "
+            "Name their batches in it."
+        )
+    few, blind = [], []
+    for name in sorted(set(names[named].astype(str))):
+        members = named & (names.astype(str) == name)
+        own = factors_of(fitted, cells[members])
+        if own is None:
+            few.append(name)
+            continue
+        codes[members] = len(factors)
+        factors.append(own)
+        if not fitted.design.knows(cells.obs[members]):
+            blind.append(name)
+    if few:
+        _warn(
+            f"Unseen batches with fewer than {FEWEST_CELLS} cells are encoded without scaling: {_listed(few)}. "
+            "Map them with more of their cells."
+        )
+    if blind:
+        _warn(
+            f"The covariates {fitted.design.keys} of some cells of {_listed(blind)} are missing, or have levels that "
+            "the model does not know: what differs with them between an unseen batch and the cells of training is "
+            "scaled away. Add them to adata.obs if you can."
+        )
     return replace(cells, scaled=fitted.scaling.apply(cells.counts, codes, np.stack(factors)))
 
 
-def factors_of(fitted: Fitted, cells: Cells) -> np.ndarray:
-    """Estimate factors of a batch's genes from its cells; all 1 for fewer than 100 cells."""
+def factors_of(fitted: Fitted, cells: Cells) -> np.ndarray | None:
+    """Estimate factors of a batch's genes from its cells; ``None`` for fewer than 100 cells.
+
+    Cells are compared with those of training that have the same covariates, if these are known of all of them.
+    """
     if fitted.scaling is None or len(cells) < FEWEST_CELLS:
-        return np.ones(len(fitted.genes), dtype=np.float32)
+        return None
     known = fitted.design.knows(cells.obs)
     return fitted.scaling.of_new_batch(cells.counts, fitted.design.encode(cells.obs) if known else None)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _warn(message: str) -> None:

@@ -21,7 +21,7 @@ from cellstill.de import (
     pseudobulk_de,
     stratify,
 )
-from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, require_samples
+from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, codes_of_both, require_samples
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.correction import corrected_ratios
@@ -79,8 +79,9 @@ class Differential(Criticism):
         transform_batch
             Categories of the conditioning covariates as which cells are decoded, or to which their counts are
             corrected, as in :meth:`get_normalized_expression`; several are averaged. ``None`` follows
-            ``how.target_batch``, and without one averages over all combinations that the cells have, whose number
-            multiplies the time it takes.
+            ``how.target_batch``, and without one averages over all combinations that cells of both groups have (all
+            that there are if none has: :func:`~cellstill.de.choice.codes_of_both`), whose number multiplies the time
+            it takes.
         batch_keys
             Columns with batches, for the design. ``None`` takes ``batch_key`` and the conditioning covariates, apart
             from those that only tell samples apart, or parts of them (with ``within``, in each level for itself); an
@@ -136,13 +137,15 @@ class Differential(Criticism):
         if isinstance(how, PseudobulkConfig):
             ratios = None
             if how.expression == "corrected":
-                ratios = corrected_ratios(self.module, name, cells, self._decoded_as(transform_batch, cells))
+                ratios = corrected_ratios(
+                    self.module, name, cells, self._decoded_as(transform_batch, cells, obs, contrast)
+                )
             return pseudobulk_de(cells.counts[name], obs, features, within=within, ratios=ratios, **asked)
         target = how.target_batch if transform_batch is None else transform_batch
 
         def compare(rows: np.ndarray | slice) -> DEResult:
             some, some_obs = cells[rows], obs.iloc[rows]
-            as_batches = self._decoded_as(target, some)
+            as_batches = self._decoded_as(target, some, some_obs, contrast)
             wanted = comparison_cells(some_obs, **contrast.arguments)
             is_first = (some_obs[contrast.column] == contrast.group1).to_numpy()[wanted]
             draws = posterior_draws(self.module, name, some, wanted, is_first, as_batches, how)
@@ -150,9 +153,10 @@ class Differential(Criticism):
 
         return compare(slice(None)) if within is None else stratify(obs, within, lambda _, rows: compare(rows))
 
-    def _decoded_as(self, target: Target, cells: Cells) -> list[dict[str, int]]:
-        """Combinations of categories to decode as; without a target, all that the cells have."""
-        return self._targets(target) or _combinations(cells, [code_of(key) for key in self._conditioning()])
+    def _decoded_as(self, target: Target, cells: Cells, obs: pd.DataFrame, contrast: Contrast) -> list[dict[str, int]]:
+        """Combinations of categories to decode as; without a target, all that cells of both groups have."""
+        columns = [code_of(key) for key in self._conditioning()]
+        return self._targets(target) or _combinations(cells, columns, obs[contrast.column], contrast)
 
     def _conditioning(self) -> list[str]:
         return [column.removeprefix("code/") for column in self.module.config.conditioning]
@@ -186,13 +190,14 @@ def _choose(
     return choose_cells(obs, idx1, idx2)
 
 
-def _combinations(cells: Cells, columns: Sequence[str]) -> list[dict[str, int]]:
-    """Combinations of categories of some columns of codes that the cells have."""
+def _combinations(cells: Cells, columns: Sequence[str], groups: pd.Series, contrast: Contrast) -> list[dict[str, int]]:
+    """Combinations of categories of some columns of codes that cells of both groups have."""
     if not columns:
         return []
     per_cell = cells.per_cell
-    found = np.unique(np.column_stack([per_cell[column] for column in columns]), axis=0)
-    return [dict(zip(columns, map(int, codes), strict=True)) for codes in found]
+    found, code = np.unique(np.column_stack([per_cell[column] for column in columns]), axis=0, return_inverse=True)
+    both = found[codes_of_both(code.ravel(), groups, contrast)]
+    return [dict(zip(columns, map(int, codes), strict=True)) for codes in both]
 
 
 def _as_list(keys: Sequence[str] | str) -> list[str]:
