@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 import scipy.sparse as sp
 
+from cellstill.data import gene_scaling
 from cellstill.data.gene_scaling import MAX_FACTOR, PRIOR_COUNTS, GeneScaling
 from cellstill.errors import InvalidArgumentError
 
@@ -45,7 +46,9 @@ def test_the_true_factors_come_back_whatever_the_composition_of_the_batches(shar
     assert error < 0.05 if shares[0] == shares[2] else error > 0.15
 
 
-def test_the_fit_is_the_likelihoods_maximum():
+def test_the_fit_is_the_likelihoods_maximum(monkeypatch):
+    """But for the prior."""
+    monkeypatch.setattr(gene_scaling, "PRIOR_COUNTS", 0.0)
     counts, batch, level, _ = simulated((0.1, 0.5, 0.9), depth=300.0)
     scaling = GeneScaling.fit(counts, batch, np.eye(2)[level])
     dense = counts.toarray().astype(np.float64)
@@ -63,8 +66,7 @@ def test_the_fit_is_the_likelihoods_maximum():
         level_of_rate = (totals.sum(axis=1) @ rate) / totals.sum()
         shares = np.exp(beta[2:]) * level_of_rate
         np.testing.assert_allclose(scaling.shares[::-1, gene], shares, rtol=1e-5)  # strata are sorted, [0, 1] first
-        expected = (totals @ shares + PRIOR_COUNTS) / (found.sum(axis=1) + PRIOR_COUNTS)
-        np.testing.assert_allclose(scaling.factors[:, gene], expected, rtol=1e-5)
+        np.testing.assert_allclose(scaling.factors[:, gene], totals @ shares / found.sum(axis=1), rtol=1e-5)
 
 
 def test_without_strata_factors_are_ratios_of_shares():
@@ -101,6 +103,46 @@ def test_rare_genes_keep_their_counts_and_no_factor_is_large():
     assert factors[1, 3] > 5
     with pytest.raises(InvalidArgumentError, match=r"\[1\].*no counts"):
         GeneScaling.fit(counts[:, :1], np.array([0, 1, 1]))
+
+
+@pytest.mark.parametrize("found", [(1, 0, 1000), (1, 0, 50), (3, 1, 1000)], ids=str)
+def test_few_counts_where_batches_meet_move_nothing(found):
+    """The second batch alone has the second stratum, whose counts say nothing of the batch."""
+    rest = 50_000
+    counts = sp.csr_matrix([[count, rest] for count in found], dtype=np.float32)
+    factors = GeneScaling.fit(counts, np.array([0, 1, 1]), np.eye(2)[[0, 0, 1]]).factors
+    np.testing.assert_allclose(factors[:, 0], 1, atol=0.16)
+    assert GeneScaling.fit(counts, np.array([0, 1, 1])).factors[1, 0] < 0.9
+
+
+def test_duplicate_entries_are_one_count():
+    counts, batch, _, _ = simulated((0.5, 0.5))
+    scaling = GeneScaling.fit(counts, batch)
+    twice = sp.csr_matrix(
+        (
+            np.append(counts.data, np.float32(2)),
+            np.append(counts.indices, counts.indices[-1]),
+            np.append(counts.indptr[:-1], counts.nnz + 1),
+        ),
+        shape=counts.shape,
+    )
+    once = twice.copy()
+    once.sum_duplicates()
+    np.testing.assert_array_equal(scaling.apply(twice, batch).toarray(), scaling.apply(once, batch).toarray())
+
+
+def test_genes_that_a_new_batch_lacks_do_not_scale_the_others():
+    counts, batch, level, _ = simulated((0.3, 0.5, 0.9))
+    old, covariates = batch < 2, np.eye(2)[level]
+    scaling = GeneScaling.fit(counts[old], batch[old], covariates[old])
+    whole = scaling.of_new_batch(counts[~old], covariates[~old])
+    has = np.arange(N_VARS) % 3 > 0
+    part = scaling.of_new_batch(sp.csr_matrix(counts[~old].multiply(has)), covariates[~old])
+    assert (part[~has] == 1).all()
+    change = np.log(part[has] / whole[has])
+    # What a batch does to its depth is not known of a part of the genes; a common factor is all that may be left.
+    assert np.std(change) < 0.03
+    assert abs(change.mean()) < 0.2
 
 
 def test_a_gene_without_counts_and_a_single_batch_change_nothing():

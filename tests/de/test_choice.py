@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from cellstill.de import Contrast
-from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, require_samples
+from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, codes_of_both, require_samples
 from cellstill.errors import InvalidArgumentError, MissingKeyError
 
 
@@ -118,3 +118,19 @@ def test_inside_levels_a_batch_is_kept_where_it_spans_samples():
     assert set(chosen["batch"][~is_b]) == {"one per sample"}
     assert set(obs["batch"]) == {"x", "y"}
     assert batch_terms(obs[~is_b], ["batch"], CONTRAST, **{**ASKED, "within": "type"})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([0, 0, 1, 1, 2, 2, 2], [1]),
+        ([0, 1, 0, 1, 0, 1, 1], [0, 1]),
+        ([-1, 0, 1, 1, -1, 2, 2], [1]),
+        ([0, 0, 0, 1, 1, 1, 1], [0, 1]),
+        ([-1, -1, -1, -1, -1, -1, 3], [3]),
+    ],
+    ids=["one_in_the_middle", "all", "unknown_batches", "none_shared", "hardly_any_known"],
+)
+def test_codes_that_both_groups_have(codes, expected):
+    groups = pd.Series([*list("aaabbb"), "other"])
+    assert codes_of_both(np.array(codes), groups, Contrast("group", "a", "b")).tolist() == expected

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from cellstill import Distiller
-from cellstill.de import BayesianConfig, PseudobulkConfig, differential_expression
+from cellstill.de import BayesianConfig, PseudobulkConfig, differential_expression, pseudobulk_de
+from cellstill.distill.correction import corrected_ratios
 from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
 
 ASKED = {"groupby": "condition", "group1": "treat", "group2": "ctrl", "sample_key": "donor"}
@@ -120,3 +122,35 @@ def test_without_samples_the_posterior_is_compared_with_a_warning(model):
     assert len(caught) == 1
     assert len(result.results) == 4
     assert np.isfinite(result.table["lfc_mean"]).all()
+
+
+def test_cells_are_decoded_as_batches_that_both_groups_were_measured_in(model, attach):
+    """One batch has the first group only, another the second: decoded as these, cells would be extrapolated."""
+    obs = model.adata.obs
+    condition = obs["condition"].astype(str).to_numpy()
+    condition = np.where(obs["batch"] == "batch_0", "treat", np.where(obs["batch"] == "batch_2", "ctrl", condition))
+    nested = attach(arm=condition)
+    asked = {**ASKED, "groupby": "arm"}
+    how = BayesianConfig(n_samples=3)
+    found = nested.differential_expression(**asked, how=how)
+    named = nested.differential_expression(**asked, how=replace(how, target_batch="batch_1"))
+    pd.testing.assert_frame_equal(found.table, named.table)
+    every = nested.differential_expression(**asked, how=replace(how, target_batch=["batch_0", "batch_1", "batch_2"]))
+    assert not np.allclose(every.table["lfc_mean"], found.table["lfc_mean"])
+
+    corrected = nested.differential_expression(**asked, how=PseudobulkConfig(expression="corrected"))
+    only = (obs["batch"] == "batch_1").to_numpy()
+    fitted = nested._fit_result
+    ratios = corrected_ratios(fitted, nested._cells(), [fitted.batch_codes["batch_1"]])
+    expected = pseudobulk_de(
+        model.adata.X,
+        nested.adata.obs,
+        model.adata.var_names,
+        **asked,
+        batch_key="batch",
+        ratios=ratios,
+        config=PseudobulkConfig(expression="corrected"),
+    )
+    pd.testing.assert_frame_equal(corrected.table, expected.table)
+    for rows, ratio in corrected_ratios(fitted, nested._cells(), [fitted.batch_codes["batch_1"]]):
+        np.testing.assert_allclose(ratio[only[rows]], 1, rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from cellstill import Distiller
 from cellstill.data import simulate_counts
 from cellstill.data.gene_scaling import GeneScaling
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, StoreError
 from cellstill.metrics import ilisi, ilisi_ceiling
 from cellstill.teachers import IdentityTeacher
 
@@ -155,3 +155,42 @@ def test_models_come_back_bit_for_bit_with_learned_batches(world, tmp_path):
 def test_the_method_is_named_where_another_is_asked_for(world):
     with pytest.raises(InvalidArgumentError, match="pca_method='batch'.*'scaled_residuals'"):
         Distiller(part(world, "batch_0", "batch_1"), "batch", pca_method="batch")
+
+
+def test_a_learned_batch_of_few_cells_is_scaled_once_there_are_enough(world):
+    model = quick(part(world, "batch_0", "batch_1"))
+    query = part(world, "batch_2")
+    expected = model.get_latent_representation(query)
+    with pytest.warns(CellstillWarning, match="fewer than 100 cells"):
+        model.map_query(query[:60].copy(), fine_tune_batches=True, n_epochs=1)
+    assert list(model._fit_result.query_batches) == ["batch_2"]
+    np.testing.assert_array_equal(model.get_latent_representation(query), expected)
+    with pytest.warns(CellstillWarning, match="fewer than 100 cells are encoded without scaling: 'batch_2'"):
+        model.get_latent_representation(query[:60].copy())
+
+
+def test_cells_without_a_batch_are_no_batch_of_their_own(world):
+    model = quick(part(world, "batch_0", "batch_1"))
+    query = part(world, "batch_2")
+    expected = model.get_latent_representation(query[200:].copy())
+    query.obs["batch"] = query.obs["batch"].astype(object)
+    query.obs.iloc[:200, query.obs.columns.get_loc("batch")] = np.nan
+    with pytest.warns(CellstillWarning, match=r"200 cells have no 'batch' in adata.obs"):
+        found = model.get_latent_representation(query)
+    np.testing.assert_allclose(found[200:], expected, atol=1e-5)
+    del query.obs["batch"]
+    with pytest.warns(CellstillWarning, match=rf"{len(query)} cells have no 'batch'"):
+        np.testing.assert_allclose(model.get_latent_representation(query)[:200], found[:200], atol=1e-5)
+
+
+def test_a_store_without_its_factors_is_damaged(world, tmp_path, monkeypatch):
+    model = quick(part(world, "batch_0", "batch_1"))
+    whole = type(model._fit_result).tensors
+    monkeypatch.setattr(
+        type(model._fit_result),
+        "tensors",
+        lambda self: {name: array for name, array in whole(self).items() if not name.startswith("scaling.")},
+    )
+    model.save(tmp_path / "model")
+    with pytest.raises(StoreError, match="damaged .*scaling"):
+        Distiller.load(tmp_path / "model")

@@ -142,9 +142,9 @@ class GeneScaling:
         totals += library[~known].sum() * self.totals / self.totals.sum()
         found = _sums(counts, np.zeros(n_obs, dtype=np.int64), 1)
         seen = found[0] > 0
-        shares = self.shares[:, seen]
+        whole, shares = self.shares.sum(axis=1), self.shares[:, seen]
         factors = np.ones(counts.shape[1], dtype=np.float32)
-        factors[seen] = _factors(found[:, seen], totals[None] @ _divided(shares, shares.sum(axis=1, keepdims=True)))[0]
+        factors[seen] = _factors(found[:, seen], (totals * _divided(whole, shares.sum(axis=1)))[None] @ shares)[0]
         return factors
 
 
@@ -174,21 +174,17 @@ def _fit_shares(by_batch: np.ndarray, by_stratum: np.ndarray, totals: np.ndarray
     # The rows of this matrix average over the batches that are joined to a batch.
     joined = _joined(totals > 0)
     average = joined * weights / (joined @ weights)[:, None]
-    first_of_stratum = (totals > 0).argmax(axis=0)
     rates = np.ones_like(by_batch)
     for _ in range(_MAX_ITER):
-        shares = _divided(by_stratum, totals.T @ rates)
-        fitted = totals @ shares
+        fitted = totals @ _divided(by_stratum, totals.T @ rates)
         changed = (by_batch + PRIOR_COUNTS) / (fitted + PRIOR_COUNTS)
         level = average @ changed
-        level[level == 0] = 1.0
-        changed /= level
-        shares *= level[first_of_stratum]
+        changed /= np.where(level == 0, 1.0, level)
         settled = (weights @ np.abs(changed - rates)).max() <= _TOLERANCE * weights.sum()
         rates = changed
         if settled:
             break
-    return shares
+    return _divided(by_stratum, totals.T @ rates)
 
 
 def _joined(shared: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ def learn_variances(variances: np.ndarray, df: float) -> VariancePosterior:
     With :math:`s_g^2 \mid \sigma_g^2 \sim \sigma_g^2 \chi^2_d / d`, the distribution of :math:`\sigma_g^2` is the
     nonparametric maximum likelihood estimate on a grid, by EM. In the limit of many genes, p-values of effects averaged
     over the posteriors are uniform where there is no effect, also given :math:`s_g^2`, and Benjamini-Hochberg holds on
-    them (Ignatiadis & Sen, arXiv:2303.02887). A prior of one shape (:func:`moderate_variances`) does not have this where
+    them (Ignatiadis & Sen, arXiv:2303.02887). A prior of one shape (:func:`moderate_variances`) does not have this if
     variances come in kinds: marker genes of a cell type, which also vary with the share of that type among a sample's
     few cells, were called too often.
 

@@ -47,7 +47,7 @@ def scale_cells(fitted: Fitted, cells: Cells, batch_key: str) -> Cells:
             "Name their batches in it."
         )
     few, blind = [], []
-    for name in sorted(set(names[named].astype(str))):
+    for name in sorted({str(name) for name in names[named]}):
         members = named & (names.astype(str) == name)
         own = factors_of(fitted, cells[members])
         if own is None:
