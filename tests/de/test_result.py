@@ -42,6 +42,11 @@ def test_repr_says_what_was_compared_and_found(result):
 
 def test_called_genes_come_most_certain_first(result):
     assert result.de_genes == ["b", "a"]
+
+
+def test_of_genes_as_certain_the_largest_change_comes_first(result):
+    table = result.table.assign(p_value=0.0, fdr=0.0, is_de=[True, True, True, False])
+    assert dataclasses.replace(result, table=table).de_genes == ["c", "a", "b"]
     assert result.table["direction"].tolist() == ["up", "down", "none", "none"]
     assert (result.n_samples, result.n_cells) == ({"on": 2, "off": 2}, {"on": 2010, "off": 70})
 

@@ -69,9 +69,11 @@ class DEResult:
 
     @property
     def de_genes(self) -> list[str]:
-        """Names of the genes called, most certain first."""
+        """Names of the genes called, most certain first; of those as certain, the largest changes first."""
         called = self.table[self.table["is_de"]]
-        falling = {"prob_de": False, "p_value": True}
+        size = called["lfc" if "lfc" in called else "lfc_mean"].abs()
+        falling = {"prob_de": False, "p_value": True, "size": False}
+        called = called.assign(size=size)
         by = [column for column in falling if column in called]
         return called.sort_values(by, ascending=[falling[column] for column in by], kind="stable")["gene"].tolist()
 
