@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.counts import Rendering, render
 from cellstill.condense.diffusion import fit_generator
-from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator
+from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGenerator, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
-from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.problem import CondensationProblem, check_whole
 from cellstill.train.progress import OnEpoch
 
 
@@ -29,7 +29,7 @@ class Space:
     autoencoder
         Latent space and decoders.
     generator
-        One-step generator.
+        One-step generator; that of :meth:`in_steps` takes several.
     teacher
         The multi-step diffusion model it was tuned from.
     config
@@ -43,7 +43,7 @@ class Space:
     """
 
     autoencoder: Autoencoder
-    generator: OneStepGenerator
+    generator: OneStepGenerator | MultiStepGenerator
     teacher: Denoiser
     config: GeneratorConfig
     log_library: np.ndarray
@@ -54,6 +54,19 @@ class Space:
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.autoencoder.center.device
+
+    def in_steps(self, n_steps: int) -> Space:
+        """Return the same space with so many deterministic steps of the diffusion model in place of the one.
+
+        For ablations: generating, and each step of matching, takes as many passes through the network.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Fewer than one step.
+        """
+        check_whole("n_steps", n_steps, 1)
+        return replace(self, generator=MultiStepGenerator(self.teacher, int(n_steps)))
 
     def decode(self, codes: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z and expected log expression of codes; differentiable in them."""
