@@ -21,6 +21,7 @@ from cellstill.condense.method import TRAINED_WITH, Variant, scdd
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.shared import share_space, shared_space
 from cellstill.condense.space import fit_space
+from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.errors import InvalidArgumentError
 
 LATENT = ("kmeans_latent", "generator", "text_distill")
@@ -165,6 +166,22 @@ def test_gradients_reach_the_codes_through_the_steps_of_the_teacher(trained):
     assert {*found.choice["steps"]} == {0, 3, 12}
     losses = found.history["random"]["outcome"]
     assert losses.iloc[-4:].mean() < losses.iloc[:4].mean()
+
+
+def test_samples_have_the_spread_that_is_stored_with_the_space(trained):
+    """Of a space stored before there was one, and of several steps, samples are what is generated."""
+    _, space = trained
+    noise, label = torch.randn(30, 8, generator=torch.Generator().manual_seed(3)), torch.arange(30) % 3
+    tensors = space_tensors(space)
+    same = restore_space(tensors, space_config(space))
+    assert torch.equal(same.sample(noise, label), space.sample(noise, label))
+    with torch.inference_mode():
+        generated = space.generator(noise, label)
+        stepped = space.in_steps(2).generator(noise, label)
+    assert not torch.allclose(space.sample(noise, label), generated, atol=1e-2)
+    old = restore_space({k: v for k, v in tensors.items() if not k.startswith("spread.")}, space_config(space))
+    assert torch.equal(old.sample(noise, label), generated)
+    assert torch.equal(space.in_steps(2).sample(noise, label), stepped)
 
 
 @pytest.mark.parametrize("n_steps", [0, -1, 1.5], ids=["none", "negative", "fraction"])

@@ -17,6 +17,7 @@ from cellstill.condense.diffusion import fit_generator
 from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGenerator, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
 from cellstill.condense.problem import CondensationProblem, check_whole
+from cellstill.condense.spread import Spread, fit_spread
 from cellstill.train.progress import OnEpoch
 
 
@@ -32,6 +33,8 @@ class Space:
         One-step generator; that of :meth:`in_steps` takes several.
     teacher
         The multi-step diffusion model it was tuned from.
+    spread
+        What gives samples the spread of real cells; ``None`` leaves them as they are generated.
     config
         Settings of the generator.
     log_library
@@ -45,6 +48,7 @@ class Space:
     autoencoder: Autoencoder
     generator: OneStepGenerator | MultiStepGenerator
     teacher: Denoiser
+    spread: Spread | None
     config: GeneratorConfig
     log_library: np.ndarray
     n_detected: np.ndarray
@@ -66,12 +70,18 @@ class Space:
             Fewer than one step.
         """
         check_whole("n_steps", n_steps, 1)
-        return replace(self, generator=MultiStepGenerator(self.teacher, int(n_steps)))
+        return replace(self, generator=MultiStepGenerator(self.teacher, int(n_steps)), spread=None)
 
     def decode(self, codes: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z and expected log expression of codes; differentiable in them."""
         z = self.generator(codes, label)
         return z, self.autoencoder.expect(z)
+
+    @torch.inference_mode()
+    def sample(self, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return z of cells as diverse as those of their class, of noise. Codes that are matched need no such help."""
+        z = self.generator(noise, label)
+        return z if self.spread is None else self.spread(z, label)
 
     @torch.inference_mode()
     def render(self, rendering: Rendering, z: torch.Tensor, codes: np.ndarray, seed: int = 0) -> LabelledCells:
@@ -147,10 +157,12 @@ def fit_space(
     checkpoints = (saved["diffusion"], saved["tuning"])
     generator = generator or GeneratorConfig()
     one_step, teacher, histories = fit_generator(autoencoder, problem.train, generator, **how, checkpoints=checkpoints)
+    z = encode(autoencoder, problem.train.counts).to(autoencoder.center.device)
     return Space(
         autoencoder,
         one_step,
         teacher.requires_grad_(False),
+        fit_spread(one_step, z, problem.train.codes, problem.n_classes, seed),
         generator,
         log_library(problem.train, problem.n_classes),
         detected(problem.train, problem.n_classes),
