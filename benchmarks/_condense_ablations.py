@@ -261,6 +261,17 @@ def rows(scores: Scores, stores: Mapping[str, Store]) -> Iterable[dict[str, Any]
         }
 
 
+def missing(scores: Scores, stores: Iterable[str], seeds: Iterable[int]) -> list[str]:
+    """Say which variants were not run, or not everywhere."""
+    wanted, found = {(of, seed) for of in stores for seed in seeds}, []
+    for name, ablation in ABLATIONS.items():
+        absent = sorted(wanted - scores.runs(name, SIZE))
+        if absent:
+            where = ", ".join(f"{of} with seed {seed}" for of, seed in absent)
+            found.append(f"{ablation.part}, {ablation.what}: not run on {where}.")
+    return found
+
+
 def _mean(name: str, runs: Iterable[tuple[str, int]], stores: Mapping[str, Store], number: str) -> float | None:
     found = [stores[of].number(number, name, SIZE, seed) for of, seed in sorted(runs)]
     known = [value for value in found if value is not None]

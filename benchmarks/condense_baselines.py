@@ -367,6 +367,7 @@ def ablations(options: Options) -> Section:
     section.rows = list(ablated.rows(scores, known))
     section.data = {"sets": list(known), "seeds": list(options.seeds)}
     section.notes.append(f"Data sets: {', '.join(known)}; seeds: {', '.join(map(str, options.seeds))}.")
+    section.notes += ablated.missing(scores, known, options.seeds)
     show_rows(section)
     return section
 
