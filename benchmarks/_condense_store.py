@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,9 @@ from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.method import TRAINED_WITH, Variant
 from cellstill.condense.problem import CondensationProblem
-from cellstill.condense.shared import share_space
-from cellstill.condense.space import fit_space
+from cellstill.condense.shared import share_space, shared_space
+from cellstill.condense.solver import Condensed as Made
+from cellstill.condense.space import Space, fit_space
 from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.io.store import load_store, save_store
 
@@ -32,6 +34,9 @@ VARIANTS = {OURS: Variant(), START: Variant().unmatched()}
 """Ours, and ours with codes that stay where they start."""
 LATENT = ("kmeans_latent", "generator", "text_distill")
 """Baselines that need our trained space."""
+
+Ours = Callable[[CondensationProblem, int, int], Made]
+"""A variant of ours: from problem, samples per class and seed to cells, and how they came to be."""
 
 
 @dataclass
@@ -57,15 +62,23 @@ class Store:
         parts = [*self.problem.rows.values(), self.problem.train.counts.data]
         self._of = hashlib.sha256(settings + b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
-    def run(self, method: str, samples_per_class: int, seed: int) -> bool:
-        """Condense and predict, unless that was done before; return whether there was anything to do."""
+    def run(
+        self, method: str, samples_per_class: int, seed: int, prepare: Callable[[Store, int], Ours] | None = None
+    ) -> bool:
+        """Condense and predict, unless that was done before; return whether there was anything to do.
+
+        ``prepare`` makes a variant of ours of store and seed, with all that is trained before it condenses.
+        """
         path = self._path(method, samples_per_class, seed)
         if self._read(path) is not None:
             return False
         if method in VARIANTS or method in LATENT:
             self.need_space(seed)
         kept: dict[str, Any] = {}
-        condense = self._ours(VARIANTS[method], kept, path) if method in VARIANTS else BASELINES[method].condense
+        start = time.process_time()
+        ours = prepare(self, seed) if prepare else VARIANTS[method].condense if method in VARIANTS else None
+        kept["training_cpu_seconds"] = time.process_time() - start
+        condense = BASELINES[method].condense if ours is None else self._ours(ours, kept, path)
         found = evaluate(
             self.problem,
             {method: condense},
@@ -82,14 +95,13 @@ class Store:
         """Predictions after training on all cells."""
         task, known = self.problem.tasks[0].key, {}
         for seed in seeds:
-            path = self.folder / f"full-{seed}.json"
-            record = self._read(path)
-            if record is None:
-                predictions = train_full(self.problem, get_evaluators(), [seed]).predictions
-                record = {"predictions": {name: found.tolist() for (name, _, _), found in predictions.items()}}
-                self._write(path, record)
+            record = self.record(f"full-{seed}", lambda seed=seed: self._full(seed))
             known |= {(name, seed, task): np.array(found) for name, found in record["predictions"].items()}
         return FullData(self.problem, known)
+
+    def _full(self, seed: int) -> dict[str, Any]:
+        predictions = train_full(self.problem, get_evaluators(), [seed]).predictions
+        return {"predictions": {name: found.tolist() for (name, _, _), found in predictions.items()}}
 
     def evaluation(self, methods: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> Evaluation:
         """All that there is so far."""
@@ -108,10 +120,28 @@ class Store:
         full = self.full(sorted({one.seed for one in found}))
         return Evaluation(self.problem, tuple(found), full, names, trained_with | dict.fromkeys(VARIANTS, TRAINED_WITH))
 
-    def choice(self, samples_per_class: int, seed: int) -> list[dict[str, Any]] | None:
-        """The candidates of ours, with their scores on the validation cells."""
-        record = self._read(self._path(OURS, samples_per_class, seed))
+    def choice(self, samples_per_class: int, seed: int, method: str = OURS) -> list[dict[str, Any]] | None:
+        """The candidates of ours, or of a variant, with their scores on the validation cells."""
+        record = self._read(self._path(method, samples_per_class, seed))
         return None if record is None else record["choice"]
+
+    def number(self, name: str, method: str, samples_per_class: int, seed: int) -> float | None:
+        """A number of a result, such as ``"cpu_seconds"``; ``None`` if it was not noted."""
+        record = self._read(self._path(method, samples_per_class, seed))
+        return None if record is None else record.get(name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a record."""
+        return self._read(self.folder / f"{name}.json") is not None
+
+    def record(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Any other result, by its name; computed unless that was done before."""
+        path = self.folder / f"{name}.json"
+        found = self._read(path)
+        if found is None:
+            found = compute()
+            self._write(path, found)
+        return found
 
     def cells(self, samples_per_class: int, seed: int) -> LabelledCells | None:
         """The cells of ours."""
@@ -133,11 +163,18 @@ class Store:
         share_space(self.problem, seed, restore_space(*load_store(folder, "Space")))
         self._spaces.add(seed)
 
+    def space(self, seed: int) -> Space:
+        """Return that space."""
+        self.need_space(seed)
+        return shared_space(self.problem, seed)
+
     def _ours(
-        self, variant: Variant, kept: dict[str, Any], path: Path
+        self, ours: Ours, kept: dict[str, Any], path: Path
     ) -> Callable[[CondensationProblem, int, int], LabelledCells]:
         def condense(problem: CondensationProblem, samples_per_class: int, seed: int) -> LabelledCells:
-            found = variant.condense(problem, samples_per_class, seed)
+            start = time.process_time()
+            found = ours(problem, samples_per_class, seed)
+            kept["cpu_seconds"] = time.process_time() - start
             kept["choice"] = json.loads(found.choice.to_json(orient="records"))
             kept["chosen"] = {"start": found.start, "steps": found.n_steps, "counts": found.rendering.name}
             sp.save_npz(path.with_suffix(".npz"), found.cells.counts)

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import _condense_ablations as ablated
+import _condense_heads as headed
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -343,6 +345,47 @@ def matched(options: Options) -> Section:
     return section
 
 
+def ablations(options: Options) -> Section:
+    """Ours with one part changed at a time."""
+    section = Section(f"Ablations, {ablated.SIZE} per class", ablated.COLUMNS)
+    known = stores(options, section)
+    for seed in options.seeds if options.resume else ():
+        for method in (OURS, *ablated.ABLATIONS):
+            for name, kept in known.items():
+                try:
+                    prepare = None if method == OURS else ablated.ABLATIONS[method].prepare
+                    if kept.run(method, ablated.SIZE, seed, prepare):
+                        console.print(f"  {name}: {method}, seed {seed}", style="dim")
+                except CellstillError as error:
+                    section.notes.append(f"{name}: {method}, seed {seed} failed: {error}")
+    scores = Scores(
+        {
+            name: kept.evaluation((OURS, *ablated.ABLATIONS), (ablated.SIZE,), options.seeds)
+            for name, kept in known.items()
+        }
+    )
+    section.rows = list(ablated.rows(scores, known))
+    section.data = {"sets": list(known), "seeds": list(options.seeds)}
+    section.notes.append(f"Data sets: {', '.join(known)}; seeds: {', '.join(map(str, options.seeds))}.")
+    section.notes += ablated.missing(scores, known, options.seeds)
+    show_rows(section)
+    return section
+
+
+def heads(options: Options) -> Section:
+    """Macro-F1 by the size of the classifier."""
+    section = Section(f"Macro-F1 by the classifier's hidden layers, {headed.SIZE} per class", headed.COLUMNS)
+    known = stores(options, section)
+    found = {
+        name: [headed.run(kept, seed) for seed in options.seeds if options.resume or headed.was_run(kept, seed)]
+        for name, kept in known.items()
+    }
+    section.rows = list(headed.rows({name: runs for name, runs in found.items() if runs}))
+    section.data = {"sets": list(known), "seeds": list(options.seeds)}
+    show_rows(section)
+    return section
+
+
 def looks(options: Options) -> Section:
     """Generated cells beside held-out real ones."""
     section = Section(f"Generated cells, {PER_CLASS} per class", REALISM_COLUMNS)
@@ -479,6 +522,8 @@ SECTIONS: dict[str, Callable[[Options], Section]] = {
     "evaluators": evaluators,
     "data_sets": data_sets,
     "matched": matched,
+    "ablations": ablations,
+    "heads": heads,
     "realism": looks,
     "cost": cost,
     "privacy": privacy,

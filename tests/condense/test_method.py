@@ -14,13 +14,15 @@ from cellstill.condense.baselines import latent as latent_module
 from cellstill.condense.baselines.latent import kmeans_latent, text_distill
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.evaluate import evaluate
-from cellstill.condense.generator import GeneratorConfig
+from cellstill.condense.generator import GeneratorConfig, generate_in_steps
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.method import TRAINED_WITH, Variant, scdd
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.shared import share_space, shared_space
 from cellstill.condense.space import fit_space
+from cellstill.condense.stored import restore_space, space_config, space_tensors
+from cellstill.errors import InvalidArgumentError
 
 LATENT = ("kmeans_latent", "generator", "text_distill")
 SMALL = {
@@ -143,6 +145,49 @@ def test_unmatched_codes_stay_where_they_start(trained):
     noise = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).numpy()
     assert np.array_equal(found.codes, noise)
     assert {*found.choice["steps"]} == {0}
+
+
+def test_a_variant_generates_in_the_steps_of_the_teacher(trained):
+    """Three deterministic steps from the codes, in place of the one: another z, and the cells that it decodes to."""
+    problem, space = trained
+    found = Variant(start="random", counts="expected", teacher_steps=3).unmatched().condense(problem, 2, 0)
+    noise, label = torch.from_numpy(found.codes), torch.from_numpy(found.cells.codes)
+    z = generate_in_steps(space.teacher, noise, label, 3)
+    wanted = space.render(found.rendering, z, found.cells.codes)
+    np.testing.assert_allclose(found.cells.counts.toarray(), wanted.counts.toarray(), rtol=1e-4, atol=1e-5)
+    one = Variant(start="random", counts="expected").unmatched()(problem, 2, 0)
+    assert abs(one.counts - found.cells.counts).max() > 0.1
+
+
+def test_gradients_reach_the_codes_through_the_steps_of_the_teacher(trained):
+    problem, _ = trained
+    few = MatchingConfig(n_steps=12)
+    found = Variant(start="random", counts="expected", teacher_steps=2, matching=few).condense(problem, 2, 0)
+    assert {*found.choice["steps"]} == {0, 3, 12}
+    losses = found.history["random"]["outcome"]
+    assert losses.iloc[-4:].mean() < losses.iloc[:4].mean()
+
+
+def test_samples_have_the_spread_that_is_stored_with_the_space(trained):
+    """Of a space stored before there was one, and of several steps, samples are what is generated."""
+    _, space = trained
+    noise, label = torch.randn(30, 8, generator=torch.Generator().manual_seed(3)), torch.arange(30) % 3
+    tensors = space_tensors(space)
+    same = restore_space(tensors, space_config(space))
+    assert torch.equal(same.sample(noise, label), space.sample(noise, label))
+    with torch.inference_mode():
+        generated = space.generator(noise, label)
+        stepped = space.in_steps(2).generator(noise, label)
+    assert not torch.allclose(space.sample(noise, label), generated, atol=1e-2)
+    old = restore_space({k: v for k, v in tensors.items() if not k.startswith("spread.")}, space_config(space))
+    assert torch.equal(old.sample(noise, label), generated)
+    assert torch.equal(space.in_steps(2).sample(noise, label), stepped)
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, 1.5], ids=["none", "negative", "fraction"])
+def test_a_number_of_steps_that_is_none_is_refused(trained, n_steps):
+    with pytest.raises(InvalidArgumentError, match="n_steps"):
+        Variant(teacher_steps=n_steps).condense(trained[0], 1, 0)
 
 
 def test_ours_is_evaluated_beside_baselines(trained):

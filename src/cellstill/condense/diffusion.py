@@ -192,32 +192,64 @@ def fit_generator(
     The generator, its multi-step teacher, and the history of both trainings, ``"diffusion"`` and ``"tuning"``.
     """
     z = encode(autoencoder, train.counts).numpy()
-    histories = {}
-    common: dict[str, Any] = {"lr": config.lr, "patience": None, "gradient_clip": 1.0}
-    common |= {"accelerator": accelerator, "progress": progress}
-
-    def loader(stream: int) -> CountsLoader:
-        return CountsLoader(
-            train.counts,
-            per_cell={"z": z, "label": train.codes},
-            indices=_balanced(train.codes, seed),
-            batch_size=config.batch_size,
-            shuffle=True,
-            seed=seed + stream,
-        )
-
+    how: dict[str, Any] = {"accelerator": accelerator, "progress": progress}
     with seeded(seed + 1):
         diffusion = Diffusion(Denoiser(z.shape[1], autoencoder.n_classes, config.n_hidden, config.n_blocks), config)
-        cells = loader(1)
+        cells = _loader(z, train, config, seed, 1)
         epochs = -(-config.n_steps // len(cells))
-        histories["diffusion"] = fit(diffusion, cells, max_epochs=epochs, phase="diffusion", **common, **checkpoints[0])
+        told = fit(diffusion, cells, max_epochs=epochs, phase="diffusion", **_common(config), **how, **checkpoints[0])
         teacher = diffusion.averaged()
-        tuning = OneStepTuning(teacher, autoencoder, config)
-        cells = loader(2)
-        epochs = -(-config.n_tuning_steps // len(cells))
-        with compiled("auto", n_values=float(len(cells.cells)) * train.n_vars * epochs):
-            histories["tuning"] = fit(tuning, cells, max_epochs=epochs, phase="one step", **common, **checkpoints[1])
-    return tuning.generator.requires_grad_(False), teacher, histories
+        generator, tuned = tune_to_one_step(teacher, autoencoder, train, config, seed=seed, **how, **checkpoints[1])
+    return generator, teacher, {"diffusion": told, "tuning": tuned}
+
+
+def tune_to_one_step(
+    teacher: Denoiser,
+    autoencoder: Autoencoder,
+    train: LabelledCells,
+    config: GeneratorConfig,
+    *,
+    seed: int = 0,
+    **how: Any,
+) -> tuple[OneStepGenerator, pd.DataFrame]:
+    """Tune a trained diffusion model to one step: the second half of :func:`fit_generator`.
+
+    Parameters
+    ----------
+    teacher
+        The diffusion model; the same for every ``kept_noise``.
+    autoencoder, train, config
+        As in :func:`fit_generator`.
+    seed
+        Of the order of cells; noise is drawn from torch's own generator.
+    how
+        ``accelerator``, ``progress``, ``checkpoint`` and ``resume`` of :func:`cellstill.train.fit.fit`.
+
+    Returns
+    -------
+    The generator, and the history of its training.
+    """
+    tuning = OneStepTuning(teacher, autoencoder, config)
+    cells = _loader(encode(autoencoder, train.counts).numpy(), train, config, seed, 2)
+    epochs = -(-config.n_tuning_steps // len(cells))
+    with compiled("auto", n_values=float(len(cells.cells)) * train.n_vars * epochs):
+        history = fit(tuning, cells, max_epochs=epochs, phase="one step", **_common(config), **how)
+    return tuning.generator.requires_grad_(False), history
+
+
+def _common(config: GeneratorConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "patience": None, "gradient_clip": 1.0}
+
+
+def _loader(z: np.ndarray, train: LabelledCells, config: GeneratorConfig, seed: int, stream: int) -> CountsLoader:
+    return CountsLoader(
+        train.counts,
+        per_cell={"z": z, "label": train.codes},
+        indices=_balanced(train.codes, seed),
+        batch_size=config.batch_size,
+        shuffle=True,
+        seed=seed + stream,
+    )
 
 
 def _balanced(codes: np.ndarray, seed: int) -> np.ndarray:

@@ -158,8 +158,16 @@ def cnn(n_vars: int, n_classes: int) -> nn.Module:
     )
 
 
-def _network(build: Callable[[int, int], nn.Module]) -> Callable[[np.ndarray, np.ndarray, int, int], Classify]:
-    """Train a network for :data:`N_STEPS` steps of Adam on cross-entropy, minibatches without replacement."""
+def train_network(build: Callable[[int, int], nn.Module]) -> Callable[[np.ndarray, np.ndarray, int, int], Classify]:
+    """What an evaluator trains of a network: :data:`N_STEPS` steps of Adam on cross-entropy.
+
+    Minibatches are drawn without replacement.
+
+    Parameters
+    ----------
+    build
+        From the numbers of genes and of classes to a network with fresh weights.
+    """
 
     def train(expression: np.ndarray, codes: np.ndarray, n_classes: int, seed: int) -> Classify:
         x, y = torch.from_numpy(expression), torch.from_numpy(codes.astype(np.int64))
@@ -214,9 +222,9 @@ EVALUATORS: dict[str, Evaluator] = {
     evaluator.name: evaluator
     for evaluator in (
         Evaluator("logistic", "Logistic regression", _logistic),
-        Evaluator("mlp_small", "MLP, 64", _network(small_mlp)),
-        Evaluator("mlp_large", "MLP, 512-256", _network(large_mlp)),
-        Evaluator("cnn", "1-D CNN", _network(cnn)),
+        Evaluator("mlp_small", "MLP, 64", train_network(small_mlp)),
+        Evaluator("mlp_large", "MLP, 512-256", train_network(large_mlp)),
+        Evaluator("cnn", "1-D CNN", train_network(cnn)),
         Evaluator("knn", "kNN", _knn),
         Evaluator("forest", "Random forest", _forest),
     )

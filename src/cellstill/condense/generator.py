@@ -129,6 +129,26 @@ class OneStepGenerator(nn.Module):
         return self.denoiser.clean(noise, noise.new_full((len(noise),), self.time), label)
 
 
+class MultiStepGenerator(nn.Module):
+    """``G(u, c)`` in several deterministic steps: the teacher of the one-step generator in its place, for ablations.
+
+    Parameters
+    ----------
+    denoiser
+        Trained diffusion model.
+    n_steps
+        Steps; so many passes through the network forwards, and as many backwards.
+    """
+
+    def __init__(self, denoiser: Denoiser, n_steps: int) -> None:
+        super().__init__()
+        self.denoiser, self.n_steps = denoiser, n_steps
+
+    def forward(self, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return z, shape ``(n, n_latent)``."""
+        return generate_in_steps(self.denoiser, noise, label, self.n_steps)
+
+
 def generate_in_steps(denoiser: Denoiser, noise: torch.Tensor, label: torch.Tensor, n_steps: int) -> torch.Tensor:
     """Deterministic sampling in several steps (DDIM, Song et al. 2021), differentiable in ``noise``."""
     times = torch.linspace(1, 0, n_steps + 1)

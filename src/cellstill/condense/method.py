@@ -32,6 +32,9 @@ class Variant:
         See :func:`~cellstill.condense.solver.condense`.
     latent, generator
         Settings of the space; ``None`` takes the defaults.
+    teacher_steps
+        Generate, and match codes, through so many deterministic steps of the generator's teacher; ``None`` takes the
+        one step that it was tuned to. More take as many times longer.
     """
 
     counts: CountsForm | Literal["auto"] = "auto"
@@ -39,6 +42,7 @@ class Variant:
     matching: MatchingConfig | None = None
     latent: LatentConfig | None = None
     generator: GeneratorConfig | None = None
+    teacher_steps: int | None = None
 
     def __call__(self, problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
         """Condense the training cells of a problem."""
@@ -46,9 +50,10 @@ class Variant:
 
     def condense(self, problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> Condensed:
         """Condense, and tell how: which candidates there were, and how well each did."""
+        space = shared_space(problem, seed, self.latent, self.generator)
         return condense(
             problem,
-            shared_space(problem, seed, self.latent, self.generator),
+            space if self.teacher_steps is None else space.in_steps(self.teacher_steps),
             samples_per_class,
             counts=self.counts,
             start=self.start,

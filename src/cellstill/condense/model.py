@@ -349,8 +349,7 @@ class SCDD(RegisteredModel):
         noise = torch.randn(
             len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
         )
-        with torch.inference_mode():
-            z = space.generator(noise.to(space.device), torch.from_numpy(codes).to(space.device))
+        z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
         cells = space.render(Rendering(counts), z, codes, seed)
         told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
         return to_anndata(cells, classes, tasks, genes, told, codes=noise.numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.counts import Rendering, render
 from cellstill.condense.diffusion import fit_generator
-from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator
+from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGenerator, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
-from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.problem import CondensationProblem, check_whole
+from cellstill.condense.spread import Spread, fit_spread
 from cellstill.train.progress import OnEpoch
 
 
@@ -29,9 +30,11 @@ class Space:
     autoencoder
         Latent space and decoders.
     generator
-        One-step generator.
+        One-step generator; that of :meth:`in_steps` takes several.
     teacher
         The multi-step diffusion model it was tuned from.
+    spread
+        What gives samples the spread of real cells; ``None`` leaves them as they are generated.
     config
         Settings of the generator.
     log_library
@@ -43,8 +46,9 @@ class Space:
     """
 
     autoencoder: Autoencoder
-    generator: OneStepGenerator
+    generator: OneStepGenerator | MultiStepGenerator
     teacher: Denoiser
+    spread: Spread | None
     config: GeneratorConfig
     log_library: np.ndarray
     n_detected: np.ndarray
@@ -55,10 +59,29 @@ class Space:
         """Where the networks are."""
         return self.autoencoder.center.device
 
+    def in_steps(self, n_steps: int) -> Space:
+        """Return the same space with so many deterministic steps of the diffusion model in place of the one.
+
+        For ablations: generating, and each step of matching, takes as many passes through the network.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Fewer than one step.
+        """
+        check_whole("n_steps", n_steps, 1)
+        return replace(self, generator=MultiStepGenerator(self.teacher, int(n_steps)), spread=None)
+
     def decode(self, codes: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return z and expected log expression of codes; differentiable in them."""
         z = self.generator(codes, label)
         return z, self.autoencoder.expect(z)
+
+    @torch.inference_mode()
+    def sample(self, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Return z of cells as diverse as those of their class, of noise. Codes that are matched need no such help."""
+        z = self.generator(noise, label)
+        return z if self.spread is None else self.spread(z, label)
 
     @torch.inference_mode()
     def render(self, rendering: Rendering, z: torch.Tensor, codes: np.ndarray, seed: int = 0) -> LabelledCells:
@@ -134,10 +157,12 @@ def fit_space(
     checkpoints = (saved["diffusion"], saved["tuning"])
     generator = generator or GeneratorConfig()
     one_step, teacher, histories = fit_generator(autoencoder, problem.train, generator, **how, checkpoints=checkpoints)
+    z = encode(autoencoder, problem.train.counts).to(autoencoder.center.device)
     return Space(
         autoencoder,
         one_step,
         teacher.requires_grad_(False),
+        fit_spread(one_step, z, problem.train.codes, problem.n_classes, seed),
         generator,
         log_library(problem.train, problem.n_classes),
         detected(problem.train, problem.n_classes),

@@ -13,6 +13,7 @@ import torch
 from cellstill.condense.generator import Denoiser, GeneratorConfig, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig
 from cellstill.condense.space import Space
+from cellstill.condense.spread import Spread
 
 _PARTS = ("autoencoder", "generator", "teacher")
 
@@ -23,6 +24,8 @@ def space_tensors(space: Space) -> dict[str, np.ndarray]:
     for name in _PARTS:
         for key, value in getattr(space, name).state_dict().items():
             found[f"{name}.{key}"] = value.cpu().numpy()
+    if space.spread is not None:
+        found |= {f"spread.{key}": value.cpu().numpy() for key, value in vars(space.spread).items()}
     return found
 
 
@@ -59,4 +62,8 @@ def restore_space(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) 
         module.load_state_dict(weights)
         module.eval().requires_grad_(False)
     history = {phase: pd.DataFrame(columns).rename_axis(index="epoch") for phase, columns in config["history"].items()}
-    return Space(autoencoder, one_step, teacher, generator, tensors["log_library"], tensors["n_detected"], history)
+    spread = None
+    if "spread.map" in tensors:
+        spread = Spread(*(torch.from_numpy(np.array(tensors[f"spread.{key}"])) for key in ("center", "map")))
+    sizes = tensors["log_library"], tensors["n_detected"]
+    return Space(autoencoder, one_step, teacher, spread, generator, *sizes, history)

@@ -57,8 +57,7 @@ def generator(problem: CondensationProblem, samples_per_class: int, seed: int = 
     noise = torch.randn(
         len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
     ).to(space.device)
-    with torch.inference_mode():
-        z = space.generator(noise, torch.from_numpy(codes).to(space.device))
+    z = space.sample(noise, torch.from_numpy(codes).to(space.device))
     return space.render(Rendering("sampled"), z, codes, seed)
 
 
