@@ -297,3 +297,21 @@ def test_ranks_take_one_batch_column(trained):
             adata=adata,
             batch_keys=["batch", "lane"],
         )
+
+
+@pytest.mark.parametrize(
+    "how", [PseudobulkConfig(expression="corrected"), BayesianConfig(n_samples=3)], ids=["corrected", "bayesian"]
+)
+def test_cells_are_decoded_as_batches_that_both_groups_were_measured_in(trained, how):
+    adata = trained.adata.copy()
+    condition = adata.obs["condition"].astype(str)
+    adata.obs["arm"] = np.where(adata.obs["batch"] == "batch_0", "treat", condition)
+    asked = {"adata": adata, "how": how}
+    found = trained.differential_expression("arm", "treat", "ctrl", "donor", **asked)
+    named = trained.differential_expression("arm", "treat", "ctrl", "donor", **asked, transform_batch="batch_1")
+    pd.testing.assert_frame_equal(found.table, named.table)
+    every = trained.differential_expression(
+        "arm", "treat", "ctrl", "donor", **asked, transform_batch=["batch_0", "batch_1"]
+    )
+    column = "lfc" if "lfc" in found.table else "lfc_mean"
+    assert not np.allclose(every.table[column], found.table[column], equal_nan=True)
