@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from cellstill.de.correction import correction_variance
 from cellstill.de.gene_tests import RATIO_NOTE, GeneTests, benjamini_hochberg, has_ratio_genes, log_cpm
 from cellstill.de.posterior import NORMAL_DF, normal_scale, shrunken_effect
 from cellstill.de.variances import learn_variances
@@ -20,6 +23,7 @@ def moderated_t(
     *,
     lfc_threshold: float,
     shrink_lfc: bool = False,
+    uncorrected: np.ndarray | None = None,
 ) -> GeneTests:
     r"""Test the last coefficient of a design by weighted least squares with moderated variances.
 
@@ -49,7 +53,50 @@ def moderated_t(
         Its columns without those of single pairs (:class:`~cellstill.de.design.Design`); all of them by default.
     lfc_threshold, shrink_lfc
         See :class:`~cellstill.de.PseudobulkConfig`.
+    uncorrected
+        If ``sums`` were corrected: the sums before, whose scatter bounds that of the corrected ones from below. The
+        error of the correction itself is added (:func:`~cellstill.de.correction.correction_variance`).
     """
+    depth, size_factors, notes = _depth(sums, matrix)
+    fit = _fit(sums, matrix, common, depth)
+    variances, added = fit.variances, np.zeros(sums.shape[1])
+    if uncorrected is not None:
+        before = _fit(uncorrected, matrix, common, _depth(uncorrected, matrix)[0])
+        variances = np.maximum(variances, before.variances * before.unit / fit.unit)
+        added = correction_variance(fit.lfc - before.lfc, uncorrected)
+    posterior = learn_variances(variances, fit.df)
+
+    error = np.sqrt(posterior.mean() * fit.unit + added)
+    p_value = posterior.two_sided(fit.lfc, fit.unit, lfc_threshold, added)
+    columns = {"lfc": fit.lfc, "lfc_se": error, "p_value": p_value, "fdr": benjamini_hochberg(p_value)}
+    if shrink_lfc:
+        scale = normal_scale(fit.lfc, error, posterior.two_sided(fit.lfc, fit.unit, added=added))
+        columns["lfc_shrunken"] = shrunken_effect(fit.lfc, scale, NORMAL_DF)
+    return GeneTests(columns, size_factors, notes)
+
+
+class _Fit(NamedTuple):
+    """Weighted least squares of each gene: last coefficient, its variance per unit of residual variance, the latter."""
+
+    lfc: np.ndarray
+    unit: np.ndarray
+    variances: np.ndarray
+    df: int
+
+
+def _fit(sums: np.ndarray, matrix: np.ndarray, common: np.ndarray | None, depth: np.ndarray) -> _Fit:
+    values = log_cpm(sums, depth)
+    weights = _precision(values, matrix, matrix if common is None else common, np.log2(depth) - np.log2(1e6))
+    cross = np.einsum("si,sg,sj->gij", matrix, weights, matrix)
+    inverse = np.linalg.inv(cross)
+    coefficients = np.einsum("gij,sj,sg->ig", inverse, matrix, weights * values)
+    df = matrix.shape[0] - matrix.shape[1]
+    variances = (weights * np.square(values - matrix @ coefficients)).sum(axis=0) / df
+    return _Fit(coefficients[-1], inverse[:, -1, -1], variances, df)
+
+
+def _depth(sums: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Effective totals of the samples, size factors, and notes on both."""
     notes = []
     totals = sums.sum(axis=1)
     if has_ratio_genes(sums):
@@ -67,24 +114,7 @@ def moderated_t(
             f"Samples of one group are {ratio:.1f} times as deep: fold changes of genes with few counts are biased. "
             "method='deseq2' models counts."
         )
-
-    values = log_cpm(sums, depth)
-    weights = _precision(values, matrix, matrix if common is None else common, np.log2(depth) - np.log2(1e6))
-    cross = np.einsum("si,sg,sj->gij", matrix, weights, matrix)
-    inverse = np.linalg.inv(cross)
-    coefficients = np.einsum("gij,sj,sg->ig", inverse, matrix, weights * values)
-    df = matrix.shape[0] - matrix.shape[1]
-    variances = (weights * np.square(values - matrix @ coefficients)).sum(axis=0) / df
-    posterior = learn_variances(variances, df)
-
-    lfc, unit = coefficients[-1], inverse[:, -1, -1]
-    error = np.sqrt(posterior.mean() * unit)
-    p_value = posterior.two_sided(lfc, unit, lfc_threshold)
-    columns = {"lfc": lfc, "lfc_se": error, "p_value": p_value, "fdr": benjamini_hochberg(p_value)}
-    if shrink_lfc:
-        scale = normal_scale(lfc, error, posterior.two_sided(lfc, unit))
-        columns["lfc_shrunken"] = shrunken_effect(lfc, scale, NORMAL_DF)
-    return GeneTests(columns, size_factors, notes)
+    return depth, size_factors, notes
 
 
 def _precision(values: np.ndarray, matrix: np.ndarray, common: np.ndarray, log_depth: np.ndarray) -> np.ndarray:

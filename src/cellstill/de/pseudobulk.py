@@ -11,6 +11,7 @@ import pandas as pd
 
 from cellstill.de.borrowing import borrow_strength
 from cellstill.de.choice import check_within, require_samples
+from cellstill.de.correction import widen
 from cellstill.de.deseq2 import deseq2
 from cellstill.de.design import Design, design_of_units
 from cellstill.de.gene_tests import GeneTests
@@ -22,6 +23,9 @@ from cellstill.de.stratified import StratifiedDEResult, stratify
 from cellstill.de.sums import Ratios, corrected_sums, sum_rows
 from cellstill.de.units import Units, check_lengths, comparison_cells, complete_column, make_units, text_column
 from cellstill.errors import InvalidArgumentError, InvalidCountsError
+
+RANKS_NOTE = "The error of the correction is not in the p-values, which are too small: ranks have no place for it."
+"""Of ``expression="corrected"`` and ``method="wilcoxon"``."""
 
 
 def pseudobulk_de(
@@ -120,22 +124,23 @@ def pseudobulk_de(
     codes = np.full(len(obs), -1)
     codes[cells] = replicate
     place = dict(zip(labels.itertuples(index=False, name=None), replicate, strict=True))
-    sums = sum_rows(counts, codes, len(set(replicate)))
-    if ratios is not None:
-        sums = corrected_sums(counts, codes, sums, ratios)
+    raw = sum_rows(counts, codes, len(set(replicate)))
+    sums = raw if ratios is None else corrected_sums(counts, codes, raw, ratios)
 
-    def sums_of(units: Units, level: tuple[str, ...]) -> np.ndarray:
+    def places_of(units: Units, level: tuple[str, ...]) -> np.ndarray:
         names = units.table[[sample_key, groupby]].itertuples(index=False, name=None)
-        return sums[[place[(*level, *name)] for name in names]]
+        return np.array([place[(*level, *name)] for name in names], dtype=int)
 
     def compare(level: tuple[str, ...], rows: np.ndarray) -> DEResult:
         units = make_units(
             obs.iloc[rows], contrast, sample_key=sample_key, min_cells=config.min_cells_per_sample, **terms
         )
         least = max(config.min_counts_per_sample, 1)
-        units = units.keep(sums_of(units, level).sum(axis=1) >= least, f"fewer than {least} counts")
+        units = units.keep(sums[places_of(units, level)].sum(axis=1) >= least, f"fewer than {least} counts")
         units, design = design_of_units(units, contrast, sample_key=sample_key, **terms)
-        return _test(sums_of(units, level), units, design, contrast, config, gene_names)
+        used = places_of(units, level)
+        uncorrected = None if ratios is None else raw[used]
+        return _test(sums[used], uncorrected, units, design, contrast, config, gene_names)
 
     if within is None:
         return compare((), np.arange(len(obs)))
@@ -145,6 +150,7 @@ def pseudobulk_de(
 
 def _test(
     sums: np.ndarray,
+    uncorrected: np.ndarray | None,
     units: Units,
     design: Design,
     contrast: Contrast,
@@ -157,7 +163,8 @@ def _test(
             f"No gene has {config.min_total_count} counts in the {len(sums)} samples: nothing to test. "
             "Check that these are raw counts, or lower min_total_count."
         )
-    found = _gene_tests(sums[:, tested], design, config)
+    before = None if uncorrected is None else uncorrected[:, tested]
+    found = _gene_tests(sums[:, tested], before, design, config)
     table = pd.DataFrame({"gene": np.asarray(gene_names, dtype=object)})
     table["base_mean"] = (sums / found.size_factors[:, None]).mean(axis=0)
     for name, values in found.columns.items():
@@ -183,10 +190,24 @@ def _test(
     )
 
 
-def _gene_tests(sums: np.ndarray, design: Design, config: PseudobulkConfig) -> GeneTests:
-    if config.method == "wilcoxon":
-        return rank_sum(sums, design)
-    asked: dict[str, Any] = {"lfc_threshold": config.lfc_threshold, "shrink_lfc": config.shrink_lfc}
+def _gene_tests(
+    sums: np.ndarray, uncorrected: np.ndarray | None, design: Design, config: PseudobulkConfig
+) -> GeneTests:
+    threshold, shrink_lfc = config.lfc_threshold, config.shrink_lfc
+    if config.method == "ttest":
+        return moderated_t(
+            sums,
+            design.matrix,
+            design.common,
+            lfc_threshold=threshold,
+            shrink_lfc=shrink_lfc,
+            uncorrected=uncorrected,
+        )
     if config.method == "deseq2":
-        return deseq2(sums, design.matrix, fdr=config.fdr, n_cpus=config.n_cpus, **asked)
-    return moderated_t(sums, design.matrix, design.common, **asked)
+        asked: dict[str, Any] = {"fdr": config.fdr, "lfc_threshold": threshold, "n_cpus": config.n_cpus}
+        found = deseq2(sums, design.matrix, shrink_lfc=shrink_lfc, **asked)
+        if uncorrected is None:
+            return found
+        return widen(found, deseq2(uncorrected, design.matrix, **asked), uncorrected, threshold)
+    found = rank_sum(sums, design)
+    return found if uncorrected is None else found._replace(notes=[RANKS_NOTE, *found.notes])

@@ -36,7 +36,9 @@ class VariancePosterior:
         """Posterior mean of each variance, shape ``(n_genes,)``."""
         return self.weights @ self.values
 
-    def two_sided(self, effect: np.ndarray, unit: np.ndarray, threshold: float = 0.0) -> np.ndarray:
+    def two_sided(
+        self, effect: np.ndarray, unit: np.ndarray, threshold: float = 0.0, added: float | np.ndarray = 0.0
+    ) -> np.ndarray:
         """P-value of a normal effect, whose variance is ``unit`` times the gene's, at the posterior of the latter.
 
         Parameters
@@ -45,9 +47,11 @@ class VariancePosterior:
             Shape ``(n_genes,)``.
         threshold
             The null is that the effect is at most so large; the p-value is that at its least favourable point.
+        added
+            Variance that the effect has beside that of the residuals, known; shape ``(n_genes,)`` or one for all.
         """
         size = np.abs(effect)[:, None]
-        error = np.sqrt(unit[:, None] * self.values)
+        error = np.sqrt(unit[:, None] * self.values + np.reshape(added, (-1, 1)))
         p_value = ndtr(-(size - threshold) / error) + ndtr(-(size + threshold) / error)
         return np.minimum((self.weights * p_value).sum(axis=1), 1.0)
 
