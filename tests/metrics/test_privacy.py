@@ -8,12 +8,9 @@ from sklearn.metrics import roc_auc_score
 
 from cellstill.data import simulate_counts
 from cellstill.errors import CellstillWarning, InvalidArgumentError
-from cellstill.metrics.privacy import (
-    CLOSEST_RECORD_NOTE,
-    attack_success,
-    distance_to_closest_record,
-    membership_inference,
-)
+from cellstill.metrics import membership_inference, paired_membership_inference
+from cellstill.metrics._donor_attacks import attack_success
+from cellstill.metrics.privacy import CLOSEST_RECORD_NOTE, distance_to_closest_record
 
 MEMBERS = [f"donor_{i}" for i in range(20)]
 REFERENCE = [f"donor_{i}" for i in range(20, 35)]
@@ -124,10 +121,10 @@ def test_the_seed_repeats_everything_and_draws_the_reference(cohort):
 
 def test_scores_are_the_formulas(cohort, monkeypatch):
     """Every distance by brute force, in the coordinates that were used."""
-    from cellstill.metrics import privacy
+    from cellstill.metrics import _donor_attacks, membership
 
     seen, scores = [], []
-    project = privacy._Projection.__call__
+    project = _donor_attacks.Projection.__call__
 
     def spy(self, counts):
         seen.append(project(self, counts))
@@ -137,8 +134,8 @@ def test_scores_are_the_formulas(cohort, monkeypatch):
         scores.append((members, non_members))
         return attack_success(members, non_members, **options)
 
-    monkeypatch.setattr(privacy._Projection, "__call__", spy)
-    monkeypatch.setattr(privacy, "attack_success", collect)
+    monkeypatch.setattr(_donor_attacks.Projection, "__call__", spy)
+    monkeypatch.setattr(membership, "attack_success", collect)
     _, donors, strangers = cohort
     attack(cohort, strangers[:40], n_neighbors=3)
     reference, targets, released = seen[:3]
@@ -149,8 +146,10 @@ def test_scores_are_the_formulas(cohort, monkeypatch):
 
     to_released, to_reference = sorted_distances(released), sorted_distances(reference)
     leak, ratio = -to_released[:, 0], np.log(to_reference[:, 2] / to_released[:, 2])
-    for (members, non_members), values in zip(scores[:2], (leak, ratio), strict=True):
-        mean = pd.Series(values).groupby(of_targets).mean()
+    for (members, non_members), values, how in zip(
+        scores[:3], (leak, ratio, ratio), ("mean", "mean", "max"), strict=True
+    ):
+        mean = pd.Series(values).groupby(of_targets).agg(how)
         is_member = mean.index.isin(MEMBERS)
         np.testing.assert_allclose(np.sort(members), np.sort(mean[is_member]), rtol=1e-8)
         np.testing.assert_allclose(np.sort(non_members), np.sort(mean[~is_member]), rtol=1e-8)
@@ -192,6 +191,121 @@ def test_a_control_that_nobody_detects_is_said(cohort):
     assert not table.loc["positive_control", "detected"].any()
 
 
+FIRST, SECOND = MEMBERS[:10], [*MEMBERS[10:], *(f"donor_{i}" for i in range(45, 50))]
+
+
+def paired(cohort, first, second, halves=(FIRST, SECOND), **options):
+    x, donors, _ = cohort
+    options = {"members": halves, "reference": REFERENCE, "n_bootstrap": 500} | options
+    return paired_membership_inference((first, second), x, donors, **options).set_index(["release", "attack"])
+
+
+def of(cohort, names):
+    x, donors, _ = cohort
+    return x[np.isin(donors, names)]
+
+
+def test_each_donor_is_compared_with_itself(cohort):
+    """Copies with noise, of every third cell: told by pairs, and strangers are not."""
+    rng = np.random.default_rng(7)
+    noisy = [sp.csr_matrix(rng.poisson(0.5 * of(cohort, half)[::3].toarray())) for half in (FIRST, SECOND)]
+    table = paired(cohort, *noisy)
+    assert table.loc[("synthetic", "density_ratio"), "detected"]
+    assert table.loc["positive_control", "detected"].all()
+    assert (table.loc["positive_control", "auroc"] > 0.9).all()
+    assert (table[["n_members", "n_non_members"]] == 25).all(axis=None)
+    strangers = cohort[2]
+    assert not paired(cohort, strangers[:80], strangers[80:160]).loc["synthetic", "detected"].any()
+
+
+def test_releases_of_the_other_half_are_further_away(cohort):
+    table = paired(cohort, of(cohort, SECOND), of(cohort, FIRST))
+    assert (table.loc["synthetic", "auroc"] < 0.1).all()
+    assert not table.loc["synthetic", "detected"].any()
+
+
+def test_the_order_of_the_two_releases_does_not_matter(cohort):
+    strangers = cohort[2]
+    there = paired(cohort, strangers[:60], strangers[60:160]).loc["synthetic"]
+    back = paired(cohort, strangers[60:160], strangers[:60], halves=(SECOND, FIRST)).loc["synthetic"]
+    np.testing.assert_allclose(there["auroc"], back["auroc"])
+    np.testing.assert_allclose(there["tpr"], back["tpr"])
+
+
+def test_a_release_that_everybody_is_close_to_tells_nothing(cohort):
+    """The means of both halves are taken away: a release of many cells is nearer to all than one of a few."""
+    _, donors, strangers = cohort
+    rng = np.random.default_rng(8)
+    others = [name for name in np.unique(donors) if name not in REFERENCE]
+    found, detected = [], []
+    for _ in range(25):
+        names = rng.permutation(others)
+        halves = (names[:17], names[17:])
+        table = paired(cohort, strangers[:150], strangers[150:160], halves=halves, n_bootstrap=200).loc["synthetic"]
+        found.append(table["auroc"])
+        detected.append(table["detected"])
+    assert np.mean(found) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(detected) < 0.12
+
+
+def test_the_paired_score_is_the_formula(cohort, monkeypatch):
+    from cellstill.metrics import membership
+    from cellstill.metrics._donor_attacks import DonorAttacks
+
+    scores = []
+
+    def collect(members, non_members, **options):
+        scores.append(members)
+        np.testing.assert_array_equal(members, -non_members)
+        return attack_success(members, non_members, **options)
+
+    monkeypatch.setattr(membership, "attack_success", collect)
+    strangers = cohort[2]
+    table = paired(cohort, strangers[:60], strangers[60:120]).loc["synthetic"]
+    x, donors, _ = cohort
+    names, codes = np.unique(donors, return_inverse=True)
+    attacks = DonorAttacks(x, codes, len(names), np.isin(donors, REFERENCE), 30, 1, 0)
+    sides = [attacks.scores(cells) for cells in (strangers[:60], strangers[60:120])]
+    for k, attack in enumerate(("gan_leaks", "density_ratio", "closest_cell")):
+        own_donors = ~np.isin(names, REFERENCE)
+        gap = pd.Series((sides[0][attack][own_donors] - sides[1][attack][own_donors]), names[own_donors])
+        common = (gap[FIRST].mean() + gap[SECOND].mean()) / 2
+        own = np.concatenate([gap[FIRST] - common, common - gap[SECOND]])
+        np.testing.assert_allclose(np.sort(2 * scores[k]), np.sort(own), atol=1e-9)
+        assert table.loc[attack, "auroc"] == pytest.approx((own[:, None] + own > 0).mean())
+
+
+def test_paired_intervals_cover_what_they_should():
+    rng = np.random.default_rng(9)
+    covered, false_alarms = [], []
+    for trial in range(200):
+        own = rng.normal(0.5, 1, 25)
+        found = attack_success(own, -own, paired=True, n_bootstrap=300, seed=trial)
+        covered.append(found["auroc_low"] <= 0.7602 <= found["auroc_high"])  # P(N(1, 2) > 0)
+        own = rng.normal(0, 1, 25)
+        false_alarms.append(attack_success(own, -own, paired=True, n_bootstrap=300, seed=trial)["detected"])
+    assert 0.88 < np.mean(covered) < 0.99
+    assert np.mean(false_alarms) < 0.08
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"halves": (FIRST, [*SECOND, FIRST[0]])}, r"members\[1\] and members\[0\] share donor_0"),
+        ({"halves": (FIRST[:4], SECOND)}, "4 of 50 donors are members of the first release; at least 5"),
+        ({"halves": (FIRST, ["who"])}, r"members\[1\] names \['who'\]"),
+        (
+            {"halves": (FIRST, SECOND, MEMBERS)},
+            "2 releases and members 3 groups|synthetic has 2 releases and members 3",
+        ),
+        ({"n_neighbors": 60}, "number of synthetic cells, 50"),
+    ],
+)
+def test_what_cannot_be_paired_is_named(cohort, options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        paired(cohort, cohort[2][:50], cohort[2][50:100], **options)
+
+
 def test_copies_are_the_closest_records(cohort):
     x, _, strangers = cohort
     training, held_out = x[:400], x[400:700]
@@ -212,7 +326,7 @@ def test_copies_are_the_closest_records(cohort):
     ("options", "message"),
     [
         ({"members": ["donor_0", "who"]}, r"members names \['who'\]"),
-        ({"members": MEMBERS[:4]}, "4 of 50 donors are members; at least 5"),
+        ({"members": MEMBERS[:4]}, "4 of 50 donors are members; at least 5 are needed"),
         ({"reference": [f"donor_{i}" for i in range(20, 47)]}, "3 of 50 donors are non-members"),
         ({"reference": "donor_20"}, "1 of 50 donors are references"),
         ({"reference": ["donor_3", *REFERENCE]}, "reference and members share donor_3"),

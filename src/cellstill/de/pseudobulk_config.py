@@ -34,8 +34,9 @@ class PseudobulkConfig:
         the depth of their sample, and the batch stays in the design, which takes up the error that the correction has
         in common for the samples of a batch. What it does beyond that is added to the error of fold changes
         (:func:`~cellstill.de.correction.correction_variance`), and samples are not taken to be more alike than their
-        raw counts are; ``"wilcoxon"`` has no place for either, and says so. Counts are corrected to the mean of the batches that have cells of both
-        groups, or of all where none has (:func:`~cellstill.de.choice.codes_of_both`). Only models offer it.
+        raw counts are; ``"wilcoxon"`` has no place for either, and says so. Counts are corrected to the mean of the
+        batches that have cells of both groups, or of all where none has
+        (:func:`~cellstill.de.choice.codes_of_both`). Only models offer it.
     shrink_lfc
         Add ``lfc_shrunken``, fold changes drawn towards 0 as far as they are uncertain, for ranking and plots: with
         ``"deseq2"`` by apeglm (Zhu, Ibrahim & Love, Bioinformatics 35:2084, 2019) through pydeseq2, with ``"ttest"`` by

@@ -9,6 +9,7 @@ from cellstill.metrics.condensation import (
     retention,
 )
 from cellstill.metrics.integration import ari, clisi, ilisi, ilisi_ceiling, integration_table, lisi, nmi
+from cellstill.metrics.membership import membership_inference, paired_membership_inference
 from cellstill.metrics.neighbourhood import (
     Neighbours,
     cross_batch_knn_accuracy,
@@ -16,7 +17,7 @@ from cellstill.metrics.neighbourhood import (
     labels_of_one_batch,
     nearest_neighbours,
 )
-from cellstill.metrics.privacy import ClosestRecord, distance_to_closest_record, membership_inference
+from cellstill.metrics.privacy import ClosestRecord, distance_to_closest_record
 from cellstill.metrics.realism import forest_auroc, match_classes, realism_table
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "nearest_neighbours",
     "nmi",
     "paired_bootstrap",
+    "paired_membership_inference",
     "rarest_classes",
     "realism_table",
     "retention",
