@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from cellstill.vi.evaluation import Block, to_numpy
-from cellstill.vi.module import Batch, RegularizedVAE
+from cellstill.vi.modality import Batch
+from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.networks import features_and_jacobian
 
 _CHUNK = 1 << 24

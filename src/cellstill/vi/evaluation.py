@@ -11,7 +11,8 @@ import torch
 from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.nn.sparse import CSRRows
 from cellstill.vi.cells import Cells
-from cellstill.vi.module import Batch, Latent, RegularizedVAE
+from cellstill.vi.modality import Batch
+from cellstill.vi.module import Latent, RegularizedVAE
 
 
 @dataclass(frozen=True)

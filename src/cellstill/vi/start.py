@@ -12,7 +12,8 @@ import torch
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.ambient import ProfileBackground
-from cellstill.vi.module import Modality, RegularizedVAE
+from cellstill.vi.modality import Modality
+from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.moments import inverse_dispersion
 from cellstill.vi.parts import Background, Dispersion
 from cellstill.vi.rates import Rate, estimate_rates
