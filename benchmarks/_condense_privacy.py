@@ -48,9 +48,11 @@ def attacked(adata: ad.AnnData, folder: Path, draw: int, resume: bool) -> pd.Dat
     found = []
     for released in made[0]:
         both = [half[released] for half in made]
+        # Genes without a count in the cells that were learned from are in no release.
+        genes = [gene for gene in adata.var_names if all(gene in cells.var_names for cells in both)]
         table = paired_membership_inference(
-            (both[0].X, both[1].X),
-            adata.X,
+            (both[0][:, genes].X, both[1][:, genes].X),
+            adata[:, genes].X,
             adata.obs["donor"],
             members=(both[0].uns["members"], both[1].uns["members"]),
             reference=reference,
@@ -87,7 +89,6 @@ def _release(half: ad.AnnData, place: Path, seed: int) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
     for name, make in ways.items():
         cells = make()
-        cells = cells[:, half.var_names]
         ad.AnnData(cells.X, cells.obs[[]], cells.var[[]], uns={"members": members}).write_h5ad(
             unfinished / f"{name}.h5ad"
         )
