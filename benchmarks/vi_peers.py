@@ -9,11 +9,9 @@ says what the numbers mean.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,20 +29,20 @@ from _common import (
     console,
     environment,
     mean_rows,
-    run_job,
     show_checks,
     show_rows,
     write_section,
 )
 from _data import BATCHED, DATA_SETS, real, sized, store
 from _readme import update_readme
-from _scores import neighbourhood_scores, prediction_scores, score
+from _scores import neighbourhood_scores, score
 from _soup import Contaminated, contaminate, score_soup
+from _vi_multimodal import chromatin, proteins
+from _vi_run import Method, Options, run_all, run_method, value_of
 from engine import COUNTS_PER_GENE, SIZES
 from engine import Options as EngineOptions
 from engine import run as run_engine
 
-from cellstill.metrics import knn_accuracy
 from cellstill.metrics.ambient import profile_agreement
 
 LARGE, SMALL = {"n_hidden": 512, "n_latent": 128}, {"n_hidden": 128, "n_latent": 10}
@@ -100,57 +98,6 @@ STEP_COLUMNS = {
     "of_plain": "of the plain one|.2f",
     "load_average": "load average|.2f",
 }
-CHROMATIN_COLUMNS = {
-    "method": "method",
-    "n_runs": "seeds|.0f",
-    "condition_knn": "condition|.3f",
-    "condition_knn_rna": "its RNA part|.3f",
-    "condition_knn_atac": "its ATAC part|.3f",
-    "epochs": "epochs|.0f",
-    "seconds": "seconds|.0f",
-}
-PROTEIN_COLUMNS = {
-    "method": "method",
-    "n_runs": "seeds|.0f",
-    "pearson": "correlation|.3f",
-    "spearman": "of ranks|.3f",
-    "epochs": "epochs|.0f",
-    "seconds": "seconds|.0f",
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """One line of a table."""
-
-    label: str
-    job: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    random: bool = True
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    data_dir: Path
-    scratch: Path
-    quick: bool
-    seeds: int
-    threads: int
-    max_epochs: int | None
-    accelerator: str
-    sets: tuple[str, ...] | None
-
-    @property
-    def train(self) -> dict[str, Any]:
-        """Training settings: the defaults, but for what the command line says."""
-        epochs = {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
-        return {"accelerator": self.accelerator, **epochs}
-
-    def wants(self, name: str) -> bool:
-        """Whether a data set is to be run."""
-        return self.sets is None or name in self.sets
 
 
 def integration_keys(batch_key: str) -> dict[str, list[str]]:
@@ -180,7 +127,7 @@ def integration(name: str, options: Options) -> Section | None:
         Method(OURS, "regularised", {**ours, **LARGE}),
     ]
     runs = []
-    for method, seed, result in _results(methods, path, spec.batch_key, section, options):
+    for method, seed, result in run_all(methods, path, spec.batch_key, section, options):
         embedding = result.arrays["embedding"]
         scores = score(embedding, adata.obs, spec.batch_key, spec.labels_key, spec.condition_key)
         scores |= neighbourhood_scores(embedding, adata.obs[spec.batch_key], adata.obs[spec.labels_key])
@@ -207,15 +154,15 @@ def check_capacity(rows: list[dict[str, Any]]) -> list[Check]:
     """A large model is as good as the better of the small ones."""
     checks = []
     for key in ("cross_batch_knn_accuracy", "graph_connectivity", "nmi", "ilisi"):
-        small = [_value(rows, key, method=method) for method in (OURS_SMALL, SCVI)]
+        small = [value_of(rows, key, method=method) for method in (OURS_SMALL, SCVI)]
         bound = None if None in small else max(small) - 0.02
         what = f"{INTEGRATION_COLUMNS[key].split('|')[0]}, {OURS}"
-        checks.append(Check(what, _value(rows, key, method=OURS), ">=", bound, f"{OURS_SMALL} or {SCVI}, less 0.02"))
+        checks.append(Check(what, value_of(rows, key, method=OURS), ">=", bound, f"{OURS_SMALL} or {SCVI}, less 0.02"))
     return checks
 
 
 def check_cellbench(rows: list[dict[str, Any]]) -> list[Check]:
-    ours, peer = partial(_value, rows, method=OURS), partial(_value, rows, method=SCVI)
+    ours, peer = partial(value_of, rows, method=OURS), partial(value_of, rows, method=SCVI)
     return [
         Check("transfer", ours("cross_batch_knn_accuracy"), ">=", 0.99, _beside(peer("cross_batch_knn_accuracy"))),
         Check("iLISI", ours("ilisi"), ">=", 0.37, _beside(peer("ilisi"))),
@@ -224,7 +171,7 @@ def check_cellbench(rows: list[dict[str, Any]]) -> list[Check]:
 
 
 def check_kang(rows: list[dict[str, Any]]) -> list[Check]:
-    ours, peer = partial(_value, rows, method=OURS), partial(_value, rows, method=SCVI)
+    ours, peer = partial(value_of, rows, method=OURS), partial(value_of, rows, method=SCVI)
     return [
         Check("transfer", ours("cross_batch_knn_accuracy"), ">=", 0.80, _beside(peer("cross_batch_knn_accuracy"))),
         Check("kBET", ours("kbet"), ">=", 0.93, _beside(peer("kbet"))),
@@ -252,7 +199,7 @@ def soup(name: str, options: Options) -> Section | None:
         for label, cells, settings in fits:
             section.data |= store(cells.adata, path)
             method = Method(label, "soup", {"keys": {}, "train": options.train, **settings})
-            result = _run(method, path, seed, Contaminated.BATCH_KEY, section, options, name)
+            result = run_method(method, path, seed, Contaminated.BATCH_KEY, section, options, name)
             if result is None:
                 continue
             row = fitted.setdefault(label, {"method": label, "seed": seed, "above_raw": 0.0})
@@ -263,7 +210,7 @@ def soup(name: str, options: Options) -> Section | None:
         runs += fitted.values()
     section.data["runs"] = runs
     section.rows = mean_rows(runs, ["method"])
-    ours, oracle = (partial(_value, section.rows, method=method) for method in (OURS, ORACLE))
+    ours, oracle = (partial(value_of, section.rows, method=method) for method in (OURS, ORACLE))
     for rate in RATES:
         percent = f"{100 * rate:g}"
         for key, what in (("error", "error over the oracle's"), ("leak", "marker leak over the oracle's")):
@@ -297,7 +244,7 @@ def profile(options: Options) -> Section | None:
         runs.append({"method": label, "seed": 0, **profile_agreement(estimate, true, mean)._asdict()})
     settings = {"keys": {}, "train": options.train}
     methods = [Method(OURS, "soup", settings), Method(FREE, "soup", {**settings, "background": "free"}, random=False)]
-    for method, seed, result in _results(methods, path, None, section, options):
+    for method, seed, result in run_all(methods, path, None, section, options):
         found = result.arrays["profile"][0]
         # The profile of the default form is the mean expression, rounded: its logarithmic ratio to it is no estimate.
         same = np.allclose(found / found.sum(), mean / mean.sum(), rtol=1e-3)
@@ -306,7 +253,7 @@ def profile(options: Options) -> Section | None:
         runs.append({"method": method.label, "seed": seed, **numbers})
     section.data["runs"] = runs
     section.rows = mean_rows(runs, ["method"])
-    value = partial(_value, section.rows)
+    value = partial(value_of, section.rows)
     plain = value("correlation", method="mean expression")
     section.checks = [
         Check("correlation with the true profile", value("correlation", method=OURS), ">=", plain, "mean expression's"),
@@ -344,7 +291,7 @@ def step(options: Options) -> Section:
                     for label, keys in set_ups.items():
                         settings = {"keys": keys, **size, "batch_size": batch_size, "epochs": epochs}
                         method = Method(f"cellstill, {label}", "step", {**settings, "accelerator": "cpu"})
-                        result = _run(method, path, repeat, "batch", section, options, f"{genes} genes")
+                        result = run_method(method, path, repeat, "batch", section, options, f"{genes} genes")
                         if result is not None:
                             numbers = {"step_ms": result.numbers["step_ms"], **_load(result.numbers)}
                             runs.append({**shown, "method": method.label, **numbers})
@@ -356,80 +303,6 @@ def step(options: Options) -> Section:
         if row["method"] != "plain":
             where = f"{row['n_vars']} genes, batch {row['batch_size']}, {row['size']}, {row['method']}"
             section.checks.append(Check(f"step over the plain one's, {where}", row["of_plain"], "<=", 1.3))
-    show_rows(section)
-    return section
-
-
-def chromatin(options: Options) -> Section | None:
-    """RNA and chromatin accessibility: what the latents know of the treatment."""
-    name = "scicar_a549"
-    if not options.wants(name):
-        return None
-    path, mdata = _paired(name, {"rna": 300, "atac": 600}, options)
-    shapes = {part: list(each.shape) for part, each in mdata.mod.items()}
-    section = Section("sci-CAR A549: RNA and ATAC, 3 durations of treatment", CHROMATIN_COLUMNS, data=shapes)
-    both, train = ("rna", "atac"), {"train": options.train}
-    methods = [
-        Method("cellstill", "joint", {"modalities": both, **train}),
-        Method("cellstill, RNA alone", "joint", {"modalities": both[:1], **train}),
-        Method("cellstill, ATAC alone", "joint", {"modalities": both[1:], **train}),
-        Method("MultiVI", "multivi", options.train),
-    ]
-    runs = []
-    for method, seed, result in _results(methods, path, None, section, options):
-        scores = {
-            key.replace("embedding", "condition_knn"): knn_accuracy(array, mdata.obs["condition"])
-            for key, array in result.arrays.items()
-            if key == "embedding" or not method.label.endswith("alone")
-        }
-        runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs
-    section.rows = mean_rows(runs, ["method"])
-    value = partial(_value, section.rows)
-    joint = value("condition_knn", method="cellstill")
-    parts = [value(f"condition_knn_{part}", method="cellstill") for part in both]
-    alone = [value("condition_knn", method=f"cellstill, {part.upper()} alone") for part in both]
-    what = "condition from the joint latent, kNN"
-    section.checks = [
-        Check(what, joint, ">=", _most(parts), "the better of its own parts"),
-        Check(what, joint, ">=", _most(alone), "the better model of one modality"),
-    ]
-    show_rows(section)
-    return section
-
-
-def proteins(options: Options) -> Section | None:
-    """RNA and proteins: a fifth of the cells, others for each seed, have their RNA alone."""
-    name, missing = "citeseq_pbmc_hashed", "held_out"
-    if not options.wants(name):
-        return None
-    _, whole = _paired(name, {"rna": 500, "prot": None}, options)
-    shapes = {part: list(each.shape) for part, each in whole.mod.items()}
-    section = Section("CITE-seq: proteins of cells that have RNA alone", PROTEIN_COLUMNS, data=shapes)
-    path = options.scratch / f"{name}_held_out.h5mu"
-    runs = []
-    for seed in range(options.seeds):
-        mdata = whole.copy()
-        held_out = np.zeros(mdata.n_obs, dtype=bool)
-        held_out[np.random.default_rng(seed).choice(mdata.n_obs, mdata.n_obs // 5, replace=False)] = True
-        mdata.obs[missing] = held_out
-        true = mdata["prot"].X[held_out].toarray()
-        mdata["prot"].X = sp.csr_matrix(sp.diags_array((~held_out).astype(np.float32)) @ mdata["prot"].X)
-        mdata.write(path)
-        ours = {"modalities": ("rna", "prot"), "predicted": "prot", "missing": missing}
-        for method in (
-            Method("cellstill", "joint", {**ours, "train": options.train}),
-            Method("TOTALVI", "totalvi", {"missing": missing, **options.train}),
-            Method("neighbours in RNA components", "nearest", {"predicted": "prot", "missing": missing}),
-        ):
-            result = _run(method, path, seed, None, section, options, name)
-            if result is not None:
-                scores = prediction_scores(result.arrays["predicted"], true)
-                runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs
-    section.rows = mean_rows(runs, ["method"])
-    ours, peer = (_value(section.rows, "pearson", method=method) for method in ("cellstill", "TOTALVI"))
-    section.checks = [Check("proteins of held-out cells, mean correlation", ours, ">=", peer, "TOTALVI's")]
     show_rows(section)
     return section
 
@@ -510,54 +383,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"{len(checks)} bounds: {len(missed)} missed, {unknown} not measured. {'; '.join(missed)}")
 
 
-def _run(
-    method: Method, path: Path, seed: int, batch_key: str | None, section: Section, options: Options, where: str
-) -> JobResult | None:
-    """Run one job; a failure becomes a note."""
-    console.print(f"  {where}: {method.label} seed {seed}", style="dim", highlight=False)
-    request = {"module": "_vi_methods", "method": method.job, "data": str(path), "batch_key": batch_key, "seed": seed}
-    # Settings travel as JSON.
-    settings = json.loads(json.dumps(dict(method.settings)))
-    result = run_job({**request, "settings": settings, "warm_up": False}, threads=options.threads)
-    if result.error is None:
-        return result
-    section.notes.append(f"{where}: {method.label} failed: {result.error}")
-    return None
-
-
-def _results(
-    methods: Sequence[Method], path: Path, batch_key: str | None, section: Section, options: Options
-) -> list[tuple[Method, int, JobResult]]:
-    """Run every method with every seed."""
-    found = []
-    for method in methods:
-        for seed in range(options.seeds if method.random else 1):
-            result = _run(method, path, seed, batch_key, section, options, path.stem)
-            if result is not None:
-                found.append((method, seed, result))
-    return found
-
-
-def _paired(name: str, quick: Mapping[str, int | None], options: Options) -> tuple[Path, Any]:
-    """Store the named modalities; ``quick`` says how many features of each a quick run keeps."""
-    import mudata
-
-    whole = mudata.read_h5mu(options.data_dir / f"{name}.h5mu")
-    parts = {}
-    for part, n_vars in quick.items():
-        adata = whole[part]
-        if options.quick and n_vars is not None:
-            largest = np.asarray(adata.X.sum(axis=0)).ravel().argsort()[::-1][:n_vars]
-            adata = adata[:, largest]
-        parts[part] = ad.AnnData(sp.csr_matrix(adata.X, dtype=np.float32), obs=adata.obs[[]], var=adata.var[[]])
-    mdata = mudata.MuData(parts)
-    columns = [column for column in whole.obs if ":" not in column]
-    mdata.obs = mdata.obs.join(whole.obs[columns])
-    path = options.scratch / f"{name}.h5mu"
-    mdata.write(path)
-    return path, mdata
-
-
 def _counts_of(result: JobResult, shape: tuple[int, int]) -> sp.csr_matrix:
     return sp.csr_matrix(tuple(result.arrays[part] for part in ("data", "indices", "indptr")), shape=shape)
 
@@ -570,17 +395,8 @@ def _load(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {"load_average": numbers["load_average"]}
 
 
-def _value(rows: list[dict[str, Any]], key: str, **where: str) -> Any:
-    return next((row.get(key) for row in rows if all(row[name] == wanted for name, wanted in where.items())), None)
-
-
 def _ratio(value: float | None, reference: float | None) -> float | None:
     return None if value is None or reference is None else value / reference
-
-
-def _most(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return max(known) if len(known) == len(values) else None
 
 
 def _beside(value: float | None) -> str:

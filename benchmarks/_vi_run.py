@@ -1,0 +1,78 @@
+"""How ``vi_peers.py`` runs its methods: each fit in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _common import JobResult, Section, console, run_job
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a table."""
+
+    label: str
+    job: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    data_dir: Path
+    scratch: Path
+    quick: bool
+    seeds: int
+    threads: int
+    max_epochs: int | None
+    accelerator: str
+    sets: tuple[str, ...] | None
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """Training settings: the defaults, but for what the command line says."""
+        epochs = {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
+        return {"accelerator": self.accelerator, **epochs}
+
+    def wants(self, name: str) -> bool:
+        """Whether a data set is to be run."""
+        return self.sets is None or name in self.sets
+
+
+def run_method(
+    method: Method, path: Path, seed: int, batch_key: str | None, section: Section, options: Options, where: str
+) -> JobResult | None:
+    """Run one job; a failure becomes a note."""
+    console.print(f"  {where}: {method.label} seed {seed}", style="dim", highlight=False)
+    request = {"module": "_vi_methods", "method": method.job, "data": str(path), "batch_key": batch_key, "seed": seed}
+    # Settings travel as JSON.
+    settings = json.loads(json.dumps(dict(method.settings)))
+    result = run_job({**request, "settings": settings, "warm_up": False}, threads=options.threads)
+    if result.error is None:
+        return result
+    section.notes.append(f"{where}: {method.label} failed: {result.error}")
+    return None
+
+
+def run_all(
+    methods: Sequence[Method], path: Path, batch_key: str | None, section: Section, options: Options
+) -> list[tuple[Method, int, JobResult]]:
+    """Run every method with every seed."""
+    found = []
+    for method in methods:
+        for seed in range(options.seeds if method.random else 1):
+            result = run_method(method, path, seed, batch_key, section, options, path.stem)
+            if result is not None:
+                found.append((method, seed, result))
+    return found
+
+
+def value_of(rows: list[dict[str, Any]], key: str, **where: str) -> Any:
+    """Value of a column in the first row that has what is asked for."""
+    return next((row.get(key) for row in rows if all(row[name] == wanted for name, wanted in where.items())), None)
