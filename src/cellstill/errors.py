@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class CellstillError(Exception):
@@ -47,6 +48,19 @@ class OptionalDependencyError(CellstillError, ImportError):
 
 class CellstillWarning(UserWarning):
     """Something works, but its user should know about it."""
+
+
+def whole_number(argument: str, value: object, *, least: int) -> int:
+    """Return an integer of any type, such as NumPy's, as ``int``; refuse all else, naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InvalidArgumentError(f"{argument}={value!r} has to be an integer of at least {least}.")
+    return int(value)
+
+
+def check_above_zero(argument: str, value: object) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+        raise InvalidArgumentError(f"{argument}={value!r} has to be a number above 0.")
 
 
 def check_option(argument: str, value: object, known: Iterable[str]) -> None:

@@ -328,5 +328,5 @@ def test_budget_is_capped_at_the_training_cells_of_a_class():
 @pytest.mark.parametrize("wanted", [0, -3, 1.5, True, "ten", None, float("nan"), float("inf")])
 def test_bad_samples_per_class(wanted):
     problem = CondensationProblem.from_anndata(labelled(), "cell_type")
-    with pytest.raises(InvalidArgumentError, match="samples_per_class=.* whole number, at least 1"):
+    with pytest.raises(InvalidArgumentError, match="samples_per_class=.* an integer of at least 1"):
         problem.budget(wanted)

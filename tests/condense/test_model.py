@@ -208,7 +208,7 @@ def test_number_and_seed_of_generated_cells(trained):
     ("arguments", "message"),
     [
         (("NK cell", 3), "label='NK cell' is not known. Use one of: 'B cell', 'T cell', 'rare/odd'"),
-        (("T cell", 0), "n=0 has to be a whole number"),
+        (("T cell", 0), "n=0 has to be an integer"),
         (("T cell", 2.5), "n=2.5 has to be"),
         (("T cell", True), "n=True has to be"),
         (("T cell", "ten"), "n='ten' has to be"),
@@ -219,7 +219,7 @@ def test_what_cannot_be_generated(trained, arguments, message):
     with pytest.raises(InvalidArgumentError, match=message):
         trained.model.generate(*arguments)
     for call in (trained.model.condense, partial(trained.model.generate, "T cell", 2)):
-        with pytest.raises(InvalidArgumentError, match="seed=-1 has to be a whole number, at least 0"):
+        with pytest.raises(InvalidArgumentError, match="seed=-1 has to be an integer of at least 0"):
             call(seed=-1)
     with pytest.raises(InvalidArgumentError, match="counts='mixed'"):
         trained.model.generate("T cell", 3, counts="mixed")
@@ -438,3 +438,25 @@ def test_an_interrupted_save_leaves_nothing(trained, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trained.model.save(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["cell", "gene"])
+def test_any_label_column_can_be_written(trained, tmp_path, key):
+    adata = trained.adata.copy()
+    adata.obs[key] = adata.obs["cell_type"]
+    SCDD.setup_anndata(adata, key, layer="counts")
+    tiny = SCDD(adata, **TINY).train(progress=False).condense(2, matching=QUICK)
+    tiny.write_h5ad(tmp_path / "tiny.h5ad")
+    assert anndata.read_h5ad(tmp_path / "tiny.h5ad").obs[key].tolist() == tiny.obs[key].tolist()
+
+
+def test_what_to_do_without_counts_is_what_can_be_done(trained):
+    adata = trained.adata.copy()
+    adata.layers["counts"] = adata.layers["counts"] * 1.5
+    with pytest.raises(InvalidCountsError) as caught:
+        SCDD.setup_anndata(adata, "cell_type", layer="counts")
+    assert "allow_noninteger" not in str(caught.value)
+    adata.layers["true"] = trained.adata.layers["counts"]
+    remedy = r"The model reads adata.layers\['counts'\]. Put counts there: .* = adata.layers\['true'\].copy\(\)"
+    with pytest.raises(InvalidCountsError, match=remedy):
+        trained.model.get_latent_representation(adata)

@@ -100,3 +100,8 @@ def test_a_column_of_one_modality_that_all_cells_have_keeps_its_type():
 )
 def test_names_of_categories_are_those_that_occur(values, expected):
     assert category_names(pd.Series(values)) == expected
+
+
+def test_categories_of_mixed_types_are_sorted_as_text():
+    assert category_names(pd.Series([2, "B", 10, "A", 2], dtype=object)) == ("10", "2", "A", "B")
+    assert category_names(pd.Series([10, 2])) == ("2", "10")

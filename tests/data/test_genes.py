@@ -37,7 +37,9 @@ def test_missing_genes_count_as_zero_and_warn():
 
 
 def test_too_little_in_common_shows_both_kinds_of_names():
-    with pytest.raises(GeneMismatchError, match=r"Only 1 of the model's 4 genes \(25%\).*'a'.*'ENSG1'"):
+    with pytest.raises(
+        GeneMismatchError, match=r"Only 1 of the model's 4 genes \(25%\).*adata has no 'b', for instance, .*'ENSG1'"
+    ):
         align_genes(COUNTS, pd.Index(["ENSG1", "ENSG2", "ENSG3", "a"]), GENES)
 
 

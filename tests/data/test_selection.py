@@ -16,8 +16,10 @@ from cellstill.errors import InvalidArgumentError
         (slice(None, None, -2), [4, 2, 0]),
         ([True, False, False, True, False], [0, 3]),
         ([-1], [4]),
+        (np.array([True, False, False, True, False], dtype=object), [0, 3]),
+        (np.array([4, 0], dtype=object), [4, 0]),
     ],
-    ids=["list", "floats", "slice", "backwards", "mask", "negative"],
+    ids=["list", "floats", "slice", "backwards", "mask", "negative", "object_mask", "object_positions"],
 )
 def test_cells_by_position_slice_and_mask(indices, expected):
     np.testing.assert_array_equal(cell_positions(indices, 5), expected)
@@ -40,3 +42,18 @@ def test_genes_by_name():
     np.testing.assert_array_equal(gene_positions(genes, "b", "genes"), [1])
     with pytest.raises(InvalidArgumentError, match="genes='z' is not known"):
         gene_positions(genes, ["a", "z"], "genes")
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0.9, 1.9], "float64 values, such as .*0.9"),
+        (["cell_1", "cell_2"], "str.* values, such as .*'cell_1'.*get_indexer"),
+        ("condition == 'stim'", "such as .*condition == 'stim'"),
+        (np.array([True, np.nan, False], dtype=object), "float64 values"),
+    ],
+    ids=["fractions", "names", "query", "mask_with_nan"],
+)
+def test_what_is_neither_position_nor_mask_is_named(indices, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        cell_positions(indices, 3)

@@ -432,11 +432,11 @@ def test_config_is_frozen_keyword_only_and_comparable():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"n_obs": 0}, "n_obs=0 must be a whole number of at least 1"),
-        ({"n_vars": 10.5}, "n_vars=10.5 must be a whole number"),
-        ({"n_batches": 0}, "n_batches=0 must be"),
-        ({"n_cell_types": True}, "n_cell_types=True must be"),
-        ({"n_donors_per_group": -1}, "n_donors_per_group=-1 must be"),
+        ({"n_obs": 0}, "n_obs=0 has to be an integer of at least 1"),
+        ({"n_vars": 10.5}, "n_vars=10.5 has to be an integer"),
+        ({"n_batches": 0}, "n_batches=0 has to be"),
+        ({"n_cell_types": True}, "n_cell_types=True has to be"),
+        ({"n_donors_per_group": -1}, "n_donors_per_group=-1 has to be"),
         ({"batch_sd": -0.1}, "batch_sd=-0.1 must be a number, finite and at least 0"),
         ({"donor_sd": np.inf}, "donor_sd=inf must be"),
         ({"library_size_sigma": "wide"}, "library_size_sigma='wide' must be"),
@@ -462,8 +462,8 @@ def test_config_is_frozen_keyword_only_and_comparable():
         ({"conditions": ("ctrl", "5/10 uM")}, "without '/'"),
         ({"n_obs": 10}, "n_obs=10 leaves 2 of 12 donors without cells"),
         ({"n_genes": 10}, "override='n_genes' is not known. Use one of: 'n_obs', 'n_vars'"),
-        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
-        ({"seed": 0.5}, "seed=0.5 must be"),
+        ({"seed": -1}, "seed=-1 has to be an integer of at least 0"),
+        ({"seed": 0.5}, "seed=0.5 has to be"),
     ],
 )
 def test_invalid_parameters_are_named(overrides, message):

@@ -12,7 +12,7 @@ from scipy import special, stats
 from cellstill.de import BayesianConfig, bayesian_de, comparison_cells
 from cellstill.de.floor import estimate_floor
 from cellstill.de.trend import variance_trend
-from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, MissingKeyError
 
 TREATED = {"groupby": "condition", "group1": "treated", "group2": "control", "sample_key": "donor"}
 
@@ -298,7 +298,8 @@ def test_counts_of_the_donors_bring_back_what_a_smooth_model_has_lost(effects):
     assert covered(blind).mean() < 0.3
     enough = counts.sum(axis=0) >= 200
     assert covered(found)[enough].mean() == pytest.approx(0.95, abs=0.025)
-    assert covered(found)[~enough].mean() > 0.93
+    compared = found.table["prob_de"].notna().to_numpy()
+    assert covered(found)[~enough & compared].mean() > 0.93
     called = found.table["is_de"].to_numpy()
     if not effects:
         assert blind.table["is_de"].sum() > 100
@@ -307,23 +308,56 @@ def test_counts_of_the_donors_bring_back_what_a_smooth_model_has_lost(effects):
     assert (true[called] == 0).mean() < 0.08
     # 3e-4 is some twenty counts in each donor.
     assert called[(true != 0) & (shares > 3e-4)].mean() > 0.9
-    assert np.polyfit(true, found.table["lfc_mean"], 1)[0] == pytest.approx(1, abs=0.06)
+    assert np.polyfit(true[compared], found.table["lfc_mean"][compared], 1)[0] == pytest.approx(1, abs=0.06)
 
 
-def test_a_gene_without_a_count_is_not_called_however_sure_the_model_is():
+def test_genes_without_counts_are_not_compared_even_where_most_genes_change():
+    rng = np.random.default_rng(24)
+    obs = donors_obs(4, 4, n_cells=25)
+    n_genes = 300
+    true = np.where(rng.random(n_genes) < 0.9, rng.choice([-1, 1], n_genes) * 1.5, 0.0)
+    counts, smooth, expected = counted(rng, obs, true)
+    counts[:, :60] = 0
+    result = bayesian_de(
+        smooth_draws(smooth, expected), obs, genes(n_genes), counts=counts, config=BayesianConfig(delta=0), **TREATED
+    )
+    absent, rest = result.table[:60], result.table[60:]
+    assert absent[["lfc_mean", "ci_low", "prob_de", "fdr"]].isna().all(axis=None)
+    assert (absent["base_mean"] == 0).all()
+    assert not absent["is_de"].any()
+    assert rest["is_de"].mean() > 0.5
+    assert any("genes with fewer than 10 counts were not compared" in note for note in result.notes)
+    # The others are compared as if these were not there.
+    alone = bayesian_de(
+        smooth_draws(smooth[:, 60:], expected[:, 60:]),
+        obs,
+        genes(n_genes)[60:],
+        counts=counts[:, 60:],
+        config=BayesianConfig(delta=0),
+        **TREATED,
+    )
+    pd.testing.assert_frame_equal(rest.reset_index(drop=True), alone.table)
+    with pytest.raises(InvalidCountsError, match="No gene has 10 counts in the 8 replicates"):
+        bayesian_de(smooth_draws(smooth, expected), obs, genes(n_genes), counts=0 * counts, **TREATED)
+
+
+def test_a_gene_with_one_count_is_not_called_however_sure_the_model_is():
     rng = np.random.default_rng(22)
     obs = donors_obs(4, 4, n_cells=25)
     counts, smooth, expected = counted(rng, obs, np.zeros(300))
     treated = (obs["condition"] == "treated").to_numpy()
     counts[:, 0] = 0
+    counts[np.flatnonzero(treated)[0], 0] = 1
     rates = smooth.copy()
     rates[:, 0] = np.where(treated, 1e-6, 1e-7)
     expected[:, 0] = 3000 * rates[:, 0]
-    table = bayesian_de(smooth_draws(rates, expected), obs, genes(300), counts=counts, **TREATED).table
+    how = BayesianConfig(min_total_count=1)
+    table = bayesian_de(smooth_draws(rates, expected), obs, genes(300), counts=counts, config=how, **TREATED).table
     assert table["lfc_mean"][0] > 0.5
     assert not table["is_de"][0]
-    # Oracle: the posterior of a gamma-distributed rate of which half a count is known in each of eight donors.
-    least = stats.norm.ppf(0.975) * np.sqrt(8 / 16 * np.log2(np.e) ** 2 * special.polygamma(1, 0.5))
+    # Oracle: gamma-distributed rates of which half a count is known in seven donors, and one and a half in one.
+    known = 7 * special.polygamma(1, 0.5) + special.polygamma(1, 1.5)
+    least = stats.norm.ppf(0.975) * np.sqrt(known / 16 * np.log2(np.e) ** 2)
     assert table["ci_high"][0] - table["lfc_mean"][0] >= least
 
 
@@ -350,11 +384,11 @@ def test_draws_have_expected_counts_just_where_there_are_counts():
     with pytest.raises(InvalidArgumentError, match=r"without counts \(rows, rates\); they yield 3 values"):
         bayesian_de(smooth_draws(rates, rates), obs, genes(3), **TREATED)
     with pytest.raises(InvalidArgumentError, match="With counts, draws have to yield .rows, rates, expected.*yield 2"):
-        bayesian_de(smooth_draws(rates), obs, genes(3), counts=rates, **TREATED)
+        bayesian_de(smooth_draws(rates), obs, genes(3), counts=100 * rates, **TREATED)
     with pytest.raises(InvalidArgumentError, match="gene_names has 3 entries, but there are 2 columns of counts"):
         bayesian_de(smooth_draws(rates, rates), obs, genes(3), counts=rates[:, :2], **TREATED)
     with pytest.raises(InvalidArgumentError, match="expected have to be finite and non-negative"):
-        bayesian_de(smooth_draws(rates, rates - 1), obs, genes(3), counts=rates, **TREATED)
+        bayesian_de(smooth_draws(rates, rates - 1), obs, genes(3), counts=100 * rates, **TREATED)
 
 
 NO_DONORS = {**TREATED, "sample_key": None}

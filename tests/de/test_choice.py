@@ -4,9 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellstill.de import Contrast
-from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, codes_of_both, require_samples
-from cellstill.errors import InvalidArgumentError, MissingKeyError
+from cellstill.de import BayesianConfig, Contrast, PseudobulkConfig
+from cellstill.de.choice import (
+    batch_terms,
+    check_within,
+    choose_cells,
+    choose_groups,
+    chosen_how,
+    codes_of_both,
+    require_samples,
+)
+from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError
 
 
 @pytest.fixture
@@ -134,3 +142,20 @@ def test_inside_levels_a_batch_is_kept_where_it_spans_samples():
 def test_codes_that_both_groups_have(codes, expected):
     groups = pd.Series([*list("aaabbb"), "other"])
     assert codes_of_both(np.array(codes), groups, Contrast("group", "a", "b")).tolist() == expected
+
+
+def test_a_batch_that_differs_within_samples_is_no_term_and_this_is_said():
+    obs = pd.DataFrame({"sample": list("ssttuuvv"), "lane": list("12121212"), "site": list("xxxxyyyy")})
+    obs["group"] = list("aabbaabb")
+    asked = {"sample_key": "sample", "within": None, "min_cells": 1}
+    with pytest.warns(CellstillWarning, match="'lane' is no term of the design: it differs within samples .'s' in"):
+        _, used = batch_terms(obs, ["lane", "site"], Contrast("group", "a", "b"), **asked)
+    assert used == ["site"]
+
+
+def test_what_is_no_configuration_is_named():
+    assert chosen_how(None) == PseudobulkConfig()
+    how = BayesianConfig()
+    assert chosen_how(how) is how
+    with pytest.raises(InvalidArgumentError, match="how='ttest' is no configuration. Write how=PseudobulkConfig"):
+        chosen_how("ttest")

@@ -81,7 +81,11 @@ def test_inside_levels_each_is_compared_alone(adata):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({}, InvalidCountsError, "adata.X does not hold raw counts.*layer='counts', layer='csc', layer='dense'"),
+        (
+            {},
+            InvalidCountsError,
+            "adata.X holds values that are not integers: no raw counts.*layer='counts', layer='csc', layer='dense'",
+        ),
         ({"layer": "raw"}, MissingKeyError, "layer='raw' is not in adata.layers"),
         ({"layer": "counts", "how": BayesianConfig()}, InvalidArgumentError, "needs the posterior of a trained model"),
         ({"layer": "counts", "sample_key": None}, InvalidArgumentError, "sample_key is missing"),
@@ -140,3 +144,21 @@ def test_interferon_genes_are_found_in_the_types_of_real_cells(real_data):
         assert result[level].design == "~ donor + condition"
     assert result.table["cell_type"].nunique() == len(result.results)
     adata.file.close()
+
+
+def test_first_cells_without_counts_are_no_reason_to_refuse(adata, by_hand):
+    """Sorted cells: nothing is known of a matrix whose first rows are empty."""
+    counts = sp.vstack([sp.csr_matrix((300, adata.n_vars)), adata.layers["counts"]]).tocsr()
+    obs = pd.concat([adata.obs.iloc[:1]] * 300 + [adata.obs]).set_axis([f"c{i}" for i in range(300 + adata.n_obs)])
+    late = ad.AnnData(counts, obs, pd.DataFrame(index=adata.var_names))
+    late.layers["other"] = counts + counts
+    found = differential_expression(late, batch_key="batch", **ASKED)
+    np.testing.assert_allclose(found.table["lfc"], by_hand.table["lfc"])
+
+
+def test_counts_in_raw_are_pointed_at(adata):
+    kept = ad.AnnData(adata.layers["counts"], adata.obs, pd.DataFrame(index=adata.var_names))
+    kept.raw = kept.copy()
+    kept.X = kept.X.log1p()
+    with pytest.raises(InvalidCountsError, match=r"adata.raw looks like counts: give adata.raw.to_adata\(\)"):
+        differential_expression(kept, **ASKED)

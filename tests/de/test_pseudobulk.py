@@ -236,7 +236,7 @@ def test_a_missing_batch_is_an_error_also_within_levels(one_batch):
 
 
 def test_what_is_no_configuration_is_refused(one_batch):
-    with pytest.raises(InvalidArgumentError, match="how='deseq2' is no PseudobulkConfig"):
+    with pytest.raises(InvalidArgumentError, match="config='deseq2' is no PseudobulkConfig"):
         pseudobulk_de(one_batch.counts, one_batch.obs, one_batch.genes, sample_key="donor", config="deseq2", **TREATED)
 
 

@@ -84,7 +84,7 @@ def test_more_devices_than_there_are_are_refused_before_the_teacher_works(simula
     model = Distiller(simulated.copy(), "batch", n_latent=5)
     monkeypatch.setattr(type(model.teacher), "teach", lambda *_: pytest.fail("the teacher works"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InvalidArgumentError, match="devices=2, and this machine has 1 CUDA devices"):
+    with pytest.raises(InvalidArgumentError, match="accelerator='gpu', devices=2: torch finds 1 CUDA devices"):
         model.train(1, 1, accelerator="gpu", devices=2)
     with pytest.raises(InvalidArgumentError, match="devices=0 has to be an integer of at least 1"):
         model.train(1, 1, devices=0)

@@ -89,7 +89,8 @@ def test_the_embedding_of_a_new_batch_can_be_learned(world):
     query = subset(world, ["batch_3"], KINDS)
     known = model.corrected_expression("batch_0")
     before = model.get_normalized_expression(query, return_numpy=True)
-    model.map_query(query, fine_tune_batches=True)
+    unlike = model.map_query(query).out_of_reference
+    tuned = model.map_query(query, fine_tune_batches=True)
     after = model.get_normalized_expression(query, return_numpy=True)
 
     def log_likelihood(rates):
@@ -102,7 +103,11 @@ def test_the_embedding_of_a_new_batch_can_be_learned(world):
     assert model.batch_names == SEEN
     as_new = model.corrected_expression("batch_3")
     assert not np.allclose(as_new, known)
-    assert model.map_query(query).unseen_batches == ()
+    again = model.map_query(query)
+    assert (tuned.unseen_batches, again.unseen_batches) == (("batch_3",), ())
+    # What was learned counts at once.
+    np.testing.assert_array_equal(tuned.out_of_reference, again.out_of_reference)
+    assert tuned.out_of_reference.mean() < unlike.mean()
 
 
 def test_a_learned_batch_is_saved(world, reference, tmp_path):

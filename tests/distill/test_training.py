@@ -113,3 +113,23 @@ def test_progress_is_told_of_every_epoch(whole):
 def test_settings_that_cannot_be_used_are_refused(settings, message):
     with pytest.raises(InvalidArgumentError, match=message):
         train(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "16"}, "precision='16' is not known"),
+        ({"compile": "yes"}, "compile='yes' is not known"),
+        ({"batch_size": 0}, "batch_size=0 has to be an integer of at least 1"),
+        ({"train_size": 1.5}, "train_size=1.5 and validation_size=None must be shares"),
+        ({"n_epochs_encoder": 2.5}, "n_epochs_encoder=2.5 has to be an integer"),
+        ({"lr": "a"}, "lr='a' has to be a number above 0"),
+        ({"patience": -1}, "patience=-1 has to be an integer of at least 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_are_checked_before_the_teacher_takes_its_time(monkeypatch, settings, message):
+    monkeypatch.setattr("cellstill.distill.training.fit_pca", None)
+    adata = simulate_counts(n_obs=60, n_vars=30, n_batches=2, seed=0)
+    with pytest.raises(InvalidArgumentError, match=message):
+        Distiller(adata, "batch").train(**settings)

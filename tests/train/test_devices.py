@@ -20,6 +20,7 @@ from cellstill.data import CountsLoader
 from cellstill.data.loader import share_of
 from cellstill.errors import InvalidArgumentError, StoreError
 from cellstill.train import fit
+from cellstill.train.devices import on_device
 from cellstill.train.gradients import SummedGradients
 from cellstill.train.ranks import Ranks
 from cellstill.train.state import join_rng, rng_of
@@ -118,7 +119,7 @@ def test_what_is_no_script_cannot_start_other_processes(monkeypatch, new_line, d
 
 def test_more_devices_than_there_are(monkeypatch, new_line, data, loaders):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InvalidArgumentError, match="devices=2, and this machine has 1 CUDA devices"):
+    with pytest.raises(InvalidArgumentError, match="accelerator='gpu', devices=2: torch finds 1 CUDA devices"):
         fit(new_line(), *loaders(data), max_epochs=1, accelerator="gpu", devices=2)
 
 
@@ -309,3 +310,13 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(folder):
             checkpoint=folder / "stopped",
             resume=True,
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_named():
+    module = torch.nn.Linear(2, 1)
+    with (
+        pytest.raises(InvalidArgumentError, match="accelerator='gpu', devices=1: torch finds 0 CUDA devices"),
+        on_device(module, "gpu", "32-true"),
+    ):
+        pass

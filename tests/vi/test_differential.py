@@ -270,6 +270,12 @@ def test_each_modality_is_compared_among_the_cells_that_have_it(how):
     assert sum(result.n_cells.values()) == 200
     with pytest.raises(InvalidArgumentError, match="modality has to be named"):
         model.differential_expression("condition", "treat", "ctrl", "donor", how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = mudata.MuData({"rna": rna})
+    alone.obs["condition"], alone.obs["donor"] = rna.obs["condition"].array, rna.obs["donor"].array
+    with pytest.raises(InvalidArgumentError, match="modality='protein': no cell has it. Cells have: 'rna'"):
+        model.differential_expression("condition", "treat", "ctrl", "donor", how, adata=alone, modality="protein")
 
 
 def test_a_missing_batch_is_no_batch_of_its_own(trained):

@@ -19,7 +19,7 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import to_anndata
-from cellstill.condense.problem import CondensationProblem, Task, check_whole, read_labels
+from cellstill.condense.problem import CondensationProblem, Task, read_labels
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
@@ -28,7 +28,7 @@ from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.selection import cell_positions
-from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option
+from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option, whole_number
 from cellstill.foundation import FoundationEncoder, embed
 from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
 from cellstill.train.progress import OnEpoch
@@ -91,7 +91,9 @@ class SCDD(RegisteredModel):
         _registry: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(adata, _registry)
-        check_whole("seed", seed, 0)
+        whole_number("seed", seed, least=0)
+        if n_top_genes is not None:
+            n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
         if not 0 < validation_size < 1:
             raise InvalidArgumentError(f"validation_size={validation_size!r} has to be above 0 and below 1.")
         self.latent = latent
@@ -145,7 +147,7 @@ class SCDD(RegisteredModel):
             raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
         check_unique_genes(adata.var_names)
         read_labels(adata, keys)
-        check_counts(adata, layer)
+        check_counts(adata, layer, allow_noninteger=None)
         columns = {f"labels{k or ''}": key for k, key in enumerate(keys)}
         if donor_key is not None:
             obs_column(adata.obs, donor_key, "donor_key")
@@ -285,7 +287,7 @@ class SCDD(RegisteredModel):
         """
         space, problem = self._require_space(), self.problem
         seed = self.seed if seed is None else seed
-        check_whole("seed", seed, 0)
+        whole_number("seed", seed, least=0)
         found = condense(
             problem, space, samples_per_class, counts=counts, start=start, matching=matching, seed=seed, on_step=on_step
         )
@@ -342,9 +344,9 @@ class SCDD(RegisteredModel):
         classes, tasks, genes = self._known()
         check_option("label", label, classes)
         check_option("counts", counts, [form for form in FORMS if form != "mixed"])
-        check_whole("n", n, 1)
+        whole_number("n", n, least=1)
         seed = self.seed if seed is None else seed
-        check_whole("seed", seed, 0)
+        whole_number("seed", seed, least=0)
         codes = np.full(int(n), classes.index(label))
         noise = torch.randn(
             len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
@@ -373,7 +375,7 @@ class SCDD(RegisteredModel):
         space = self._require_space()
         adata = self._require_adata() if adata is None else adata
         layer = self._setup["layer"]
-        check_counts(adata, layer)
+        check_counts(adata, layer, set_up=True)
         counts, _ = align_genes(
             as_csr(get_layer(adata, layer)).astype(np.float32), adata.var_names.astype(str), self.gene_names.tolist()
         )

@@ -58,7 +58,7 @@ def to_anndata(
             task.key: pd.Categorical([task.names[k] for k in task.of_class[cells.codes]], categories=list(task.names))
             for task in tasks
         },
-        index=pd.Index(names, name="cell"),
+        index=pd.Index(names),
     )
     found: dict[str, Any] = {
         "provenance": json.dumps(
@@ -67,9 +67,7 @@ def to_anndata(
     }
     if choice is not None:
         found["choice"] = {str(name): column.to_numpy() for name, column in choice.items()}
-    adata = AnnData(
-        cells.counts, obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str), name="gene")), uns={KEY: found}
-    )
+    adata = AnnData(cells.counts, obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str))), uns={KEY: found})
     if codes is not None:
         adata.obsm["X_scdd"] = codes.astype(np.float32)
     return adata

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ from cellstill.data.annotations import category_names
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, whole_number
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -118,7 +117,7 @@ class CondensationProblem:
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         check_unique_genes(adata.var_names)
-        check_counts(adata, layer)
+        check_counts(adata, layer, allow_noninteger=None)
         codes, classes, _ = read_labels(adata, keys)
         donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
         parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
@@ -171,7 +170,7 @@ class CondensationProblem:
                 f"adata has {adata.n_obs} cells; the split names cell {last}. Pass its own cells."
             )
         codes, classes, tasks = read_labels(adata, keys)
-        check_counts(adata, layer)
+        check_counts(adata, layer, set_up=True)
         counts = as_csr(get_layer(adata, layer)).astype(np.float32)
         counts, _ = align_genes(counts, adata.var_names.astype(str), list(genes), min_overlap=1.0)
         donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
@@ -206,14 +205,8 @@ class CondensationProblem:
         InvalidArgumentError
             Fewer than 1.
         """
-        check_whole("samples_per_class", samples_per_class, 1)
-        return np.minimum(int(samples_per_class), np.bincount(self.train.codes, minlength=self.n_classes))
-
-
-def check_whole(argument: str, value: object, least: int) -> None:
-    """Raise unless a value is a whole number, and not too small."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise InvalidArgumentError(f"{argument}={value!r} has to be a whole number, at least {least}.")
+        budget = whole_number("samples_per_class", samples_per_class, least=1)
+        return np.minimum(budget, np.bincount(self.train.codes, minlength=self.n_classes))
 
 
 def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], tuple[Task, ...]]:

@@ -16,8 +16,9 @@ from cellstill.condense.counts import Rendering, render
 from cellstill.condense.diffusion import fit_generator
 from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGenerator, OneStepGenerator
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
-from cellstill.condense.problem import CondensationProblem, check_whole
+from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.spread import Spread, fit_spread
+from cellstill.errors import whole_number
 from cellstill.train.progress import OnEpoch
 
 
@@ -69,7 +70,7 @@ class Space:
         InvalidArgumentError
             Fewer than one step.
         """
-        check_whole("n_steps", n_steps, 1)
+        whole_number("n_steps", n_steps, least=1)
         return replace(self, generator=MultiStepGenerator(self.teacher, int(n_steps)), spread=None)
 
     def decode(self, codes: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

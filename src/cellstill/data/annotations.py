@@ -94,12 +94,15 @@ def complete_obs(data: AnnData | MuData, arguments: Mapping[str, str]) -> pd.Dat
 
 
 def category_names(values: pd.Series) -> tuple[str, ...]:
-    """Names of the categories that occur, in the order of the categories or sorted as the values are."""
+    """Names of the categories that occur, in the order of the categories or sorted: as values, or as text if mixed."""
     present = values.unique()
     if isinstance(values.dtype, pd.CategoricalDtype):
         known = values.cat.categories
         return tuple(str(value) for value in known[known.isin(present)])
-    return tuple(str(value) for value in np.sort(np.asarray(present)))
+    try:
+        return tuple(str(value) for value in np.sort(np.asarray(present)))
+    except TypeError:
+        return tuple(sorted({str(value) for value in present}))
 
 
 def _mudata_column(mdata: MuData, column: str, argument: str) -> pd.Series:

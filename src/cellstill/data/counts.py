@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from cellstill.errors import InvalidCountsError, check_key
+from cellstill.errors import InvalidArgumentError, InvalidCountsError, check_key
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,6 +18,8 @@ CHUNK_SIZE = 4096
 """Rows of one chunk: 4,096 x 20,000 at 8 % non-zero are about 50 MB."""
 
 _N_SHOWN = 3
+_FRACTIONS = "values that are not integers"
+_FRACTIONS_REMEDY = "Pass allow_noninteger=True only for counts that were corrected, never for log-normalised values."
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
         return csr
     if isinstance(matrix, np.ndarray):
         return sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
+    if hasattr(matrix, "obs_names"):
+        raise InvalidArgumentError("An AnnData was given where a matrix is read: pass adata.X or adata.layers[...].")
     if hasattr(matrix, "to_memory"):
         return as_csr(matrix.to_memory())
     return sp.vstack([rows for _, rows in iter_rows(matrix)], format="csr")
@@ -125,7 +129,12 @@ def iter_rows(matrix: Any, chunk_size: int = CHUNK_SIZE) -> Iterator[tuple[int, 
 
 
 def check_counts(
-    adata: AnnData, layer: str | None = None, *, allow_noninteger: bool = False, chunk_size: int = CHUNK_SIZE
+    adata: AnnData,
+    layer: str | None = None,
+    *,
+    allow_noninteger: bool | None = False,
+    set_up: bool = False,
+    chunk_size: int = CHUNK_SIZE,
 ) -> CountsSummary:
     """Read the chosen layer once, whole, in chunks, and refuse it unless it holds counts.
 
@@ -138,7 +147,10 @@ def check_counts(
     layer
         Layer to read; ``None`` reads ``X``.
     allow_noninteger
-        Accept fractional values, such as ambient-corrected counts.
+        Accept fractional values, such as ambient-corrected counts. ``None`` does not, for callers that offer no such
+        choice: the error does not speak of it.
+    set_up
+        The layer was chosen when the data were set up for a model: the error says what to put there.
     chunk_size
         Rows read at a time; larger is faster on disk and takes more memory.
 
@@ -156,9 +168,15 @@ def check_counts(
     library_size = np.empty(n_obs)
     nnz, max_count = 0, 0.0
     for start, rows in iter_rows(matrix, chunk_size):
-        problem, bad = _first_problem(rows, allow_noninteger)
+        problem, bad = _first_problem(rows, bool(allow_noninteger))
         if problem:
-            raise InvalidCountsError(_message(adata, layer, problem, start + bad, rows[bad[0]]))
+            remedy = _remedy(adata, layer, set_up)
+            if problem == _FRACTIONS and allow_noninteger is not None and not set_up:
+                remedy += f" {_FRACTIONS_REMEDY}"
+            shown = ", ".join(f"{value:g}" for value in rows[bad[0]].data[:_N_SHOWN])
+            raise InvalidCountsError(
+                f"{_where(layer)} holds {problem} ({_names(adata, start + bad)}; first values {shown}). {remedy}"
+            )
         totals = np.asarray(rows.sum(axis=1, dtype=np.float64)).ravel()
         if not totals.all():
             empty = start + np.flatnonzero(totals == 0)
@@ -174,8 +192,18 @@ def check_counts(
 
 def looks_like_counts(matrix: Any, n_cells: int = 256) -> bool:
     """Say whether the first ``n_cells`` rows are finite, non-negative integers, not all of them zero."""
-    _, rows = next(iter_rows(matrix[: min(n_cells, matrix.shape[0])], n_cells), (0, None))
+    rows = _head(matrix, n_cells)
     return rows is not None and rows.nnz > 0 and not _first_problem(rows, allow_noninteger=False)[0]
+
+
+def fault_of_first(matrix: Any, n_cells: int = 256) -> str:
+    """Say what keeps the first ``n_cells`` rows from being counts, in a few words; nothing if they may be counts."""
+    rows = _head(matrix, n_cells)
+    return "" if rows is None else _first_problem(rows, allow_noninteger=False)[0]
+
+
+def _head(matrix: Any, n_cells: int) -> sp.csr_matrix | None:
+    return next(iter_rows(matrix[: min(n_cells, matrix.shape[0])], n_cells), (0, None))[1]
 
 
 def count_layers(adata: AnnData) -> list[str | None]:
@@ -189,7 +217,7 @@ def _first_problem(rows: sp.csr_matrix, allow_noninteger: bool) -> tuple[str, np
     data = rows.data
     checks = [("non-finite values", lambda: ~np.isfinite(data)), ("negative values", lambda: data < 0)]
     if not allow_noninteger:
-        checks.append(("values that are not integers", lambda: data != np.floor(data)))
+        checks.append((_FRACTIONS, lambda: data != np.floor(data)))
     if data.dtype.kind in "bui":
         checks = checks[1:2] if data.dtype.kind == "i" else []
     for problem, find in checks:
@@ -199,18 +227,15 @@ def _first_problem(rows: sp.csr_matrix, allow_noninteger: bool) -> tuple[str, np
     return "", np.empty(0, dtype=np.intp)
 
 
-def _message(adata: AnnData, layer: str | None, problem: str, cells: np.ndarray, first: sp.csr_matrix) -> str:
+def _remedy(adata: AnnData, layer: str | None, set_up: bool) -> str:
     others = [place for place in count_layers(adata) if place != layer]
-    if others:
-        remedy = "These look like counts: " + ", ".join(_where(place) for place in others) + "; choose with layer=..."
-        if others == [None]:
-            remedy = "adata.X looks like counts: choose it with layer=None."
-    else:
-        remedy = "No other layer looks like counts: bring raw counts."
-    if problem == "values that are not integers":
-        remedy += " Pass allow_noninteger=True only for counts that were corrected, never for log-normalised values."
-    shown = ", ".join(f"{value:g}" for value in first.data[:_N_SHOWN])
-    return f"{_where(layer)} holds {problem} ({_names(adata, cells)}; first values {shown}). {remedy}"
+    if not others:
+        return "No other layer looks like counts: bring raw counts."
+    if set_up:
+        return f"The model reads {_where(layer)}. Put counts there: {_where(layer)} = {_where(others[0])}.copy()."
+    if others == [None]:
+        return "adata.X looks like counts: choose it with layer=None."
+    return "These look like counts: " + ", ".join(_where(place) for place in others) + "; choose with layer=..."
 
 
 def _where(layer: str | None) -> str:

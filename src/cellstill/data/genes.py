@@ -66,8 +66,8 @@ def align_genes(
     if overlap < min_overlap or present == 0:
         raise GeneMismatchError(
             f"Only {present} of the model's {len(wanted)} genes ({overlap:.0%}) are in adata.var_names; "
-            f"at least {min_overlap:.0%} are needed. The model's names look like {wanted[0]!r}, those of adata like "
-            f"{str(var_names[0])!r}: check that both use the same identifiers."
+            f"at least {min_overlap:.0%} are needed. adata has no {str(missing[0])!r}, for instance, and names genes "
+            f"like {str(var_names[0])!r}: check that both use the same identifiers."
         )
     if len(missing):
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")

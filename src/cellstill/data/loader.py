@@ -235,6 +235,16 @@ def share_of(n: int, rank: int, n_ranks: int) -> tuple[int, int]:
     return n * min(rank, n_parts) // n_parts, n * min(rank + 1, n_parts) // n_parts
 
 
+def check_shares(train_size: float, validation_size: float | None) -> None:
+    """Raise unless cells can be split in these shares."""
+    rest = 1 - train_size if validation_size is None else validation_size
+    if not 0 < train_size <= 1 or rest < 0 or train_size + rest > 1 + 1e-9:
+        raise InvalidArgumentError(
+            f"train_size={train_size} and validation_size={validation_size} must be shares, "
+            "train_size above 0 and both together at most 1."
+        )
+
+
 def split_cells(
     n_obs: int, train_size: float = 0.9, validation_size: float | None = None, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,12 +265,8 @@ def split_cells(
     -------
     Sorted positions of the training, validation and test cells: every cell in exactly one of them.
     """
+    check_shares(train_size, validation_size)
     rest = 1 - train_size if validation_size is None else validation_size
-    if not 0 < train_size <= 1 or rest < 0 or train_size + rest > 1 + 1e-9:
-        raise InvalidArgumentError(
-            f"train_size={train_size} and validation_size={validation_size} must be shares, "
-            "train_size above 0 and both together at most 1."
-        )
     n_train = int(np.ceil(train_size * n_obs - 1e-9))
     n_validation = n_obs - n_train if validation_size is None else int(np.floor(rest * n_obs + 1e-9))
     order = np.random.default_rng(seed).permutation(n_obs)

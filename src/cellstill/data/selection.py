@@ -16,13 +16,22 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
     Raises
     ------
     InvalidArgumentError
-        No cell is selected.
+        No cell is selected, or ``indices`` are neither integers nor truth values, such as names.
     IndexError
         A cell does not exist, or a mask is of another length.
     """
     if not isinstance(indices, slice):
-        indices = np.asarray(indices)
-        indices = indices if indices.dtype == bool else indices.astype(np.intp)
+        chosen = np.asarray(indices)
+        if chosen.dtype == object:
+            # A mask that once held missing values; taken as positions it would be cells 0 and 1.
+            chosen = np.array(chosen.tolist())
+        whole = chosen.dtype.kind in "biu" or (chosen.dtype.kind == "f" and (chosen == np.floor(chosen)).all())
+        if chosen.size and not whole:
+            raise InvalidArgumentError(
+                f"indices holds {chosen.dtype.name} values, such as {chosen.flat[0]!r}. Give positions (integers), a "
+                "slice, or a mask of all cells; names become positions with adata.obs_names.get_indexer(names)."
+            )
+        indices = chosen if chosen.dtype == bool else chosen.astype(np.intp)
     # Masks and slices become positions; NumPy refuses a mask of another length.
     positions = np.arange(n_obs)[indices]
     if positions.size == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.sparse import csr_matrix, vstack
 from scipy.special import log_softmax, softmax
 
 from cellstill.data.simulation_config import SimulationConfig
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError, check_option, whole_number
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -102,9 +101,8 @@ def simulate_counts(config: SimulationConfig | None = None, *, seed: int = 0, **
     for name in overrides:
         check_option("override", name, [field.name for field in fields(SimulationConfig)])
     config = replace(config or SimulationConfig(), **overrides)
-    if not isinstance(seed, Integral) or seed < 0:
-        raise InvalidArgumentError(f"seed={seed!r} must be a whole number of at least 0.")
-    streams = dict(zip(_STREAMS, np.random.default_rng(int(seed)).spawn(len(_STREAMS)), strict=True))
+    root = np.random.default_rng(whole_number("seed", seed, least=0))
+    streams = dict(zip(_STREAMS, root.spawn(len(_STREAMS)), strict=True))
 
     donors = _apportion_donors(config)
     genes = _draw_genes(config, len(donors.n_cells), streams)
@@ -131,14 +129,14 @@ def simulate_counts(config: SimulationConfig | None = None, *, seed: int = 0, **
         "condition": list(config.conditions),
         "donor": [f"donor_{i}" for i in range(len(donors.n_cells))],
     }
-    codes = {
+    codes: dict[str, np.ndarray] = {
         "batch": donors.batch[donor],
         "cell_type": cell_type,
         "condition": donors.condition[donor],
         "donor": donor,
     }
     obs = pd.DataFrame(
-        {key: pd.Categorical.from_codes(codes[key], names[key]) for key in names},
+        {key: pd.Categorical.from_codes(codes[key], pd.Index(names[key])) for key in names},
         index=[f"cell_{i}" for i in range(config.n_obs)],
     )
     obs["library_size"] = library_size

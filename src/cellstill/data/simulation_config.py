@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, whole_number
 
 Shares = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 
@@ -104,9 +104,7 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_obs", "n_vars", "n_batches", "n_cell_types", "n_donors_per_group"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise InvalidArgumentError(f"{name}={value!r} must be a whole number of at least 1.")
+            whole_number(name, getattr(self, name), least=1)
         for name in ("marker_fraction", "batch_gene_fraction", "de_fraction"):
             self._check_real(name, 0, 1, "in [0, 1]")
         for name in ("base_log_sd", "marker_log2fc_sd", "batch_sd", "min_abs_log2fc", "de_log2fc_sd", "donor_sd"):

@@ -19,7 +19,7 @@ from cellstill.de.result import Contrast, DEResult, direction
 from cellstill.de.trend import variance_trend
 from cellstill.de.units import check_lengths, column_names
 from cellstill.de.variances import moderate_variances
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, InvalidCountsError, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class BayesianConfig:
         Largest posterior expected share of false calls in the set called; larger calls more.
     min_cells_per_sample
         Samples with fewer cells (in their group) are left out.
+    min_total_count
+        Genes with fewer counts over all donors used are not compared: nothing is known of them, and where most genes
+        change, nothing known would be called. Larger leaves out more.
     pseudo_rate
         Added to each donor's mean share of a gene before the logarithm, 1e-6 being one count per million. Larger pulls
         the fold changes of genes with low expression towards 0.
@@ -66,6 +69,7 @@ class BayesianConfig:
     credible_mass: float = 0.95
     fdr: float = 0.05
     min_cells_per_sample: int = 10
+    min_total_count: int = 10
     pseudo_rate: float = 1e-6
     covariate_keys: Sequence[str] = ()
     batch_size: int = 512
@@ -73,9 +77,11 @@ class BayesianConfig:
     target_batch: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("n_samples", 2), ("min_cells_per_sample", 1), ("batch_size", 1), ("delta", 0)):
-            if getattr(self, name) is not None and not getattr(self, name) >= least:
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r} has to be at least {least}.")
+        least = {"n_samples": 2, "min_cells_per_sample": 1, "min_total_count": 1, "batch_size": 1, "seed": 0}
+        for name, value in least.items():
+            whole_number(name, getattr(self, name), least=value)
+        if self.delta is not None and not self.delta >= 0:
+            raise InvalidArgumentError(f"delta={self.delta!r} has to be at least 0.")
         for name in ("credible_mass", "fdr", "pseudo_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name}={getattr(self, name)!r} has to lie between 0 and 1.")
@@ -154,12 +160,15 @@ def bayesian_de(
     Returns
     -------
     One row per gene, in the order given; with ``counts``, ``base_mean`` is their mean over replicates, at one depth.
+    Genes that were not compared (too few counts) have NaN instead of numbers, and are not called.
 
     Raises
     ------
     MissingKeyError, InvalidArgumentError
         Unknown columns or groups, missing values, fewer than two donors in a group, confounded terms, fewer than two
         draws, or draws that are not as described.
+    InvalidCountsError
+        No gene has counts enough.
 
     Warns
     -----
@@ -197,6 +206,14 @@ def bayesian_de(
     if counts is not None:
         check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
     observed = None if counts is None else replicate_counts(counts, units)
+    tested = (
+        np.ones(len(gene_names), dtype=bool) if observed is None else observed.sum(axis=0) >= config.min_total_count
+    )
+    if not tested.any():
+        raise InvalidCountsError(
+            f"No gene has {config.min_total_count} counts in the {len(units.table)} replicates: nothing to compare. "
+            "Check that these are raw counts, or lower min_total_count."
+        )
     basis, _ = np.linalg.qr(design.matrix)
     weights = np.linalg.pinv(design.matrix)[-1]
     df = design.matrix.shape[0] - design.matrix.shape[1]
@@ -213,6 +230,11 @@ def bayesian_de(
     if n_draws < 2:
         raise InvalidArgumentError(f"draws held {n_draws}; at least 2 are needed to know how much they differ.")
 
+    table = pd.DataFrame({"gene": np.asarray(gene_names, dtype=object)})
+    if observed is not None:
+        table["base_mean"] = _base_mean(observed)
+    mean, squares, variance = mean[tested], squares[tested], variance[tested]
+    observed = None if observed is None else observed[:, tested]
     trend = 1.0 if observed is None else variance_trend(variance, np.log(observed.mean(axis=0) + PRIOR_COUNTS))
     moderated, total_df = moderate_variances(variance / trend, df)
     between_donors = moderated * trend * (weights @ weights)
@@ -226,21 +248,14 @@ def bayesian_de(
         remarks += (f"delta was estimated: {delta:.3g}, twice the spread of the effects of the bulk of the genes.",)
     half_width = stdtrit(total_df, 0.5 + config.credible_mass / 2) * scale
     prob = prob_effect(mean, scale, total_df, delta)
-    fdr = expected_fdr(prob)
-    is_de = fdr <= config.fdr
-    table = pd.DataFrame(
-        {
-            "gene": np.asarray(gene_names, dtype=object),
-            **({} if observed is None else {"base_mean": _base_mean(observed)}),
-            "lfc_mean": mean,
-            "ci_low": mean - half_width,
-            "ci_high": mean + half_width,
-            "prob_de": prob,
-            "fdr": fdr,
-            "is_de": is_de,
-            "direction": direction(mean, is_de),
-        }
-    )
+    columns = {"lfc_mean": mean, "ci_low": mean - half_width, "ci_high": mean + half_width, "prob_de": prob}
+    for name, values in {**columns, "fdr": expected_fdr(prob)}.items():
+        table[name] = np.nan
+        table.loc[tested, name] = values
+    table["is_de"] = table["fdr"].to_numpy() <= config.fdr
+    table["direction"] = direction(table["lfc_mean"].to_numpy(), table["is_de"].to_numpy())
+    if not tested.all():
+        remarks += (f"{(~tested).sum()} genes with fewer than {config.min_total_count} counts were not compared.",)
     return DEResult(
         table=table,
         contrast=contrast,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from cellstill.de.bayesian import BayesianConfig
+from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.result import Contrast
 from cellstill.de.units import comparison_cells, text_column
-from cellstill.errors import InvalidArgumentError, check_key, check_option
+from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
 
 REST = "rest"
 _ONE_EACH = "one per sample"
@@ -118,6 +121,18 @@ def require_samples(sample_key: str | None) -> str:
     return sample_key
 
 
+def chosen_how(how: PseudobulkConfig | BayesianConfig | None) -> PseudobulkConfig | BayesianConfig:
+    """Return how to compare, by default by pseudobulk; raise for anything that is no configuration."""
+    if how is None:
+        return PseudobulkConfig()
+    if not isinstance(how, PseudobulkConfig | BayesianConfig):
+        raise InvalidArgumentError(
+            f"how={how!r} is no configuration. Write how=PseudobulkConfig(method='ttest') or how=BayesianConfig(), for "
+            "instance, from cellstill.de."
+        )
+    return how
+
+
 def codes_of_both(codes: np.ndarray, groups: pd.Series, contrast: Contrast) -> np.ndarray:
     """Codes, such as those of batches, that both groups of a comparison have; all of them if there is none.
 
@@ -156,6 +171,9 @@ def batch_terms(
     decided for each level: where it would only tell samples apart its value becomes ``"one per sample"``, so that the
     design of that level drops it.
 
+    Batches that differ within samples, such as lanes over which each donor was spread, are left out with a warning: the
+    sums of a sample are over its batches.
+
     Parameters
     ----------
     obs
@@ -175,6 +193,11 @@ def batch_terms(
     -------
     ``obs`` with the columns of batches as text, and the names of those to use.
 
+    Warns
+    -----
+    CellstillWarning
+        A column differs within samples.
+
     Raises
     ------
     MissingKeyError, InvalidArgumentError
@@ -192,6 +215,17 @@ def batch_terms(
     frame = frame[frame.groupby(["level", "group", "sample"])["level"].transform("size") >= min_cells]
     used = []
     for key in keys:
+        values = frame.groupby(["level", "group", "sample"])[f"key/{key}"].nunique()
+        if (values > 1).any():
+            _, group_name, name = values.index[int(values.to_numpy().argmax())]
+            warnings.warn(
+                f"{key!r} is no term of the design: it differs within samples ({name!r} in group {group_name!r} has "
+                f"{values.max()} values). Samples are compared over all of their {key!r}; where their shares differ "
+                "between the groups, give a sample_key whose samples lie in one each.",
+                CellstillWarning,
+                stacklevel=3,
+            )
+            continue
         n_samples = frame.groupby(["level", f"key/{key}"])["sample"].nunique()
         spanning = n_samples[n_samples > 1].index.unique("level")
         if len(spanning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cellstill.de.bayesian import BayesianConfig
-from cellstill.de.choice import check_within, choose_groups, require_samples
+from cellstill.de.choice import check_within, choose_groups, chosen_how, require_samples
 from cellstill.de.pseudobulk import pseudobulk_de
 from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.result import DEResult
@@ -81,7 +81,8 @@ def differential_expression(
 
     if is_mudata(adata):
         raise InvalidArgumentError(f"adata is a MuData. Give one modality, of: {', '.join(map(repr, adata.mod))}.")
-    if isinstance(how, BayesianConfig):
+    config = chosen_how(how)
+    if isinstance(config, BayesianConfig):
         raise InvalidArgumentError(
             "how is a BayesianConfig, which needs the posterior of a trained model: call differential_expression of "
             "a Distiller or of a model of vi. Counts alone are compared with a PseudobulkConfig."
@@ -101,19 +102,23 @@ def differential_expression(
         sample_key=require_samples(sample_key),
         batch_key=batch_key,
         within=within,
-        config=how,
+        config=config,
     )
 
 
 def _check_is_counts(adata: AnnData, layer: str | None) -> None:
     """Look at the first cells only, to name the right layer; the sums look at all that they add up."""
-    from cellstill.data.counts import count_layers, get_layer, looks_like_counts
+    from cellstill.data.counts import count_layers, fault_of_first, get_layer, looks_like_counts
 
-    if looks_like_counts(get_layer(adata, layer)):
+    fault = fault_of_first(get_layer(adata, layer))
+    if not fault:
         return
     places = ["layer=None (adata.X)" if place is None else f"layer={place!r}" for place in count_layers(adata)]
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     if places:
-        raise InvalidCountsError(
-            f"{'adata.X' if layer is None else f'adata.layers[{layer!r}]'} does not hold raw counts, which are finite, "
-            f"non-negative integers. These do: {', '.join(places)}."
-        )
+        remedy = f"These look like counts: {', '.join(places)}."
+    elif adata.raw is not None and looks_like_counts(adata.raw.X):
+        remedy = "adata.raw looks like counts: give adata.raw.to_adata()."
+    else:
+        remedy = "No other layer looks like counts: bring raw counts."
+    raise InvalidCountsError(f"{where} holds {fault}: no raw counts, which are finite, non-negative integers. {remedy}")

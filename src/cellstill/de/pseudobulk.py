@@ -97,7 +97,7 @@ def pseudobulk_de(
     config = config or PseudobulkConfig()
     if not isinstance(config, PseudobulkConfig):
         raise InvalidArgumentError(
-            f"how={config!r} is no PseudobulkConfig. Write how=PseudobulkConfig(method='deseq2'), for instance."
+            f"config={config!r} is no PseudobulkConfig. Write PseudobulkConfig(method='deseq2'), for instance."
         )
     check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
     check_lengths("obs", np.arange(len(obs)), "rows of counts", counts.shape[0])
@@ -209,5 +209,5 @@ def _gene_tests(
         if uncorrected is None:
             return found
         return widen(found, deseq2(uncorrected, design.matrix, **asked), uncorrected, threshold)
-    found = rank_sum(sums, design)
+    found = rank_sum(sums, design, fdr=config.fdr)
     return found if uncorrected is None else found._replace(notes=[RANKS_NOTE, *found.notes])

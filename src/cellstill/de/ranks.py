@@ -18,7 +18,7 @@ _DIGITS = 9
 _CHUNK_SIZE = 2048
 
 
-def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
+def rank_sum(sums: np.ndarray, design: Design, *, fdr: float = 0.05) -> GeneTests:
     r"""Compare the ranks of the samples of two groups, gene by gene.
 
     - Without further terms: the Mann-Whitney U test, exact with up to 10 samples in each group for genes without ties,
@@ -37,6 +37,8 @@ def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
         Counts, samples x genes, no gene or sample without counts.
     design
         Its matrix, and what pairs or stratifies the samples.
+    fdr
+        At which genes will be called; a note says if that takes many of them, or cannot be.
 
     Raises
     ------
@@ -66,10 +68,16 @@ def rank_sum(sums: np.ndarray, design: Design) -> GeneTests:
     columns = {"lfc": coefficients[-1] @ values, "lfc_se": error, "p_value": p_value}
     notes = []
     least = _smallest_p(first, design)
-    if least * values.shape[1] > 1:
+    needed = math.ceil(least * values.shape[1] / fdr - 1e-9)
+    if needed > 1:
+        limit = (
+            f"none of {values.shape[1]:,} genes can be called"
+            if needed > values.shape[1]
+            else f"genes are called only where at least {needed:,} of {values.shape[1]:,} reach it"
+        )
         notes.append(
             f"With {first.sum()} against {(~first).sum()} samples no rank test has a p-value below {least:.2g}: "
-            f"of {values.shape[1]:,} genes few or none can be called. method='ttest' finds more with few samples."
+            f"{limit}. method='ttest' finds more with few samples."
         )
     size_factors = totals / np.exp(np.log(totals).mean())
     return GeneTests(columns | {"fdr": benjamini_hochberg(p_value)}, size_factors, notes)

@@ -72,6 +72,20 @@ class StratifiedDEResult:
     def __iter__(self) -> Iterator[str]:
         return iter(self.results)
 
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __contains__(self, level: object) -> bool:
+        return level in self.results
+
+    def keys(self) -> Iterable[str]:
+        """Levels that were compared."""
+        return self.results.keys()
+
+    def items(self) -> Iterable[tuple[str, DEResult]]:
+        """Levels, and what was found in each."""
+        return self.results.items()
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write :attr:`table`, as :meth:`DEResult.to_csv` does."""
         write_csv(self.table, path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cellstill.data.covariates import obs_column
 from cellstill.de import BayesianConfig, DEResult, PseudobulkConfig, StratifiedDEResult
-from cellstill.de.choice import batch_terms, check_within, choose_groups, codes_of_both, require_samples
+from cellstill.de.choice import batch_terms, check_within, choose_groups, chosen_how, codes_of_both, require_samples
 from cellstill.distill.contrast import compare_groups
 from cellstill.distill.mapping import QueryMapping, learn_batches, map_cells
 from cellstill.distill.trained import Trained
@@ -79,7 +79,7 @@ class Analysis(Trained):
                 raise InvalidArgumentError(
                     f"fine_tune_batches=True needs the batch of the new cells: adata.obs has no {batch_key!r}."
                 )
-            learn_batches(fitted, cells, latent, names, unseen, n_epochs=n_epochs, lr=lr, seed=self.seed)
+            cells = learn_batches(fitted, cells, latent, names, unseen, n_epochs=n_epochs, lr=lr, seed=self.seed)
         return map_cells(fitted, cells, latent, unseen, n_neighbors=n_neighbors)
 
     def differential_expression(
@@ -124,7 +124,7 @@ class Analysis(Trained):
             A group does not exist or has too few samples, or the design cannot tell it from the batches
             (:func:`~cellstill.de.design.design_of_units`).
         """
-        how = how or PseudobulkConfig()
+        how = chosen_how(how)
         fitted, cells = self._fitted(), self._cells()
         check_within(cells.obs, within, groupby=groupby, sample_key=sample_key)
         if isinstance(how, PseudobulkConfig):

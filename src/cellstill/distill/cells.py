@@ -80,7 +80,7 @@ class Cells:
         allow_noninteger, min_gene_overlap
             See :func:`~cellstill.data.check_counts` and :func:`~cellstill.data.genes.align_genes`.
         """
-        check_counts(adata, layer, allow_noninteger=allow_noninteger)
+        check_counts(adata, layer, allow_noninteger=allow_noninteger, set_up=True)
         counts, overlap = align_genes(
             as_csr(get_layer(adata, layer)), adata.var_names, genes, min_overlap=min_gene_overlap
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -77,13 +77,13 @@ def learn_batches(
     n_epochs: int,
     lr: float,
     seed: int,
-) -> None:
-    """Learn an embedding of each unseen batch from its cells, and add it to ``fitted``.
+) -> Cells:
+    """Learn an embedding of each unseen batch from its cells, and add it to ``fitted``; return the cells with its code.
 
     With it go factors of its genes, if the model scales counts and the batch has cells enough.
     """
     if not unseen or fitted.decoder.batches.embedding_dim == 0:
-        return
+        return cells
     wanted = np.flatnonzero(np.isin(names, unseen))
     codes = pd.Index(unseen).get_indexer(pd.Index(names[wanted]))
     module = NewBatches(fitted.decoder, len(unseen))
@@ -103,3 +103,4 @@ def learn_batches(
         factors = factors_of(fitted, cells[names == name])
         if factors is not None:
             fitted.query_factors[name] = factors
+    return replace(cells, batch=pd.Series(names).map(fitted.batch_codes).to_numpy(dtype=np.int64))

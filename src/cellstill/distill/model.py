@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,7 +17,7 @@ from cellstill.distill.fitted import Fitted
 from cellstill.distill.getters import Getters
 from cellstill.distill.setup import check_setup, find_counts, warn_if_depths_differ
 from cellstill.distill.training import ComponentsMethod, TrainingSettings, distill
-from cellstill.errors import InvalidArgumentError, StoreError, check_option
+from cellstill.errors import InvalidArgumentError, StoreError, check_option, whole_number
 from cellstill.io.store import load_store, save_store
 from cellstill.nn.compiled import CompileMode
 from cellstill.teachers import HarmonyTeacher, Teacher, get_teacher
@@ -135,9 +134,7 @@ class Distiller(Getters, Analysis):
         check_option("pca_method", pca_method, get_args(ComponentsMethod))
         sizes = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}
         for name, value in {**sizes, "n_batch_embedding": n_batch_embedding, "seed": seed}.items():
-            least = 1 if name in sizes else 0
-            if not isinstance(value, Integral) or value < least:
-                raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least {least}.")
+            whole_number(name, value, least=1 if name in sizes else 0)
         if not 0 <= dropout < 1:
             raise InvalidArgumentError(f"dropout={dropout} has to be at least 0 and below 1.")
         self.teacher = get_teacher(teacher) if isinstance(teacher, str) else teacher or HarmonyTeacher()
@@ -294,29 +291,6 @@ class Distiller(Getters, Analysis):
         StoreError
             ``checkpoint`` holds a run already and ``resume`` is false, or one with other data or settings.
         """
-        for name, number in {"n_epochs_encoder": n_epochs_encoder, "n_epochs_decoder": n_epochs_decoder}.items():
-            if number < 0:
-                raise InvalidArgumentError(f"{name}={number} is below 0.")
-        if lr <= 0:
-            raise InvalidArgumentError(f"lr={lr} has to be above 0.")
-        # Everything is read afresh: the data may be others than those the model was trained on before.
-        adata = self._require_adata()
-        genes, batch_names = adata.var_names.astype(str).tolist(), self._observed_batches()
-        if len(batch_names) < 2:
-            raise InvalidArgumentError(f"All cells are of the batch {batch_names[0]!r}: there is nothing to integrate.")
-        cells = Cells.read(
-            adata,
-            self._setup["layer"],
-            genes,
-            self._setup["batch_key"],
-            {name: code for code, name in enumerate(batch_names)},
-            allow_noninteger=self._setup["allow_noninteger"],
-        )
-        warn_if_depths_differ(cells, self.pca_method)
-        labels_key = self._setup["labels_key"]
-        labels = None
-        if labels_key is not None:
-            labels = obs_column(adata.obs, labels_key, "labels_key").astype(str).tolist()
         settings = TrainingSettings(
             n_epochs_encoder=n_epochs_encoder,
             n_epochs_decoder=n_epochs_decoder,
@@ -335,6 +309,24 @@ class Distiller(Getters, Analysis):
             resume=resume,
             seed=self.seed,
         )
+        # Everything is read afresh: the data may be others than those the model was trained on before.
+        adata = self._require_adata()
+        genes, batch_names = adata.var_names.astype(str).tolist(), self._observed_batches()
+        if len(batch_names) < 2:
+            raise InvalidArgumentError(f"All cells are of the batch {batch_names[0]!r}: there is nothing to integrate.")
+        cells = Cells.read(
+            adata,
+            self._setup["layer"],
+            genes,
+            self._setup["batch_key"],
+            {name: code for code, name in enumerate(batch_names)},
+            allow_noninteger=self._setup["allow_noninteger"],
+        )
+        warn_if_depths_differ(cells, self.pca_method)
+        labels_key = self._setup["labels_key"]
+        labels = None
+        if labels_key is not None:
+            labels = obs_column(adata.obs, labels_key, "labels_key").astype(str).tolist()
         self._fit_result, self.history_ = distill(
             cells,
             genes=genes,

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from cellstill._compat.scvi import RegisteredModel
+from cellstill.data.annotations import category_names
 from cellstill.data.covariates import obs_column
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted
@@ -72,9 +73,7 @@ class Trained(RegisteredModel):
 
     def _observed_batches(self) -> list[str]:
         column = obs_column(self._require_adata().obs, self._setup["batch_key"], "batch_key")
-        present = set(column.astype(str))
-        known = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else sorted(column.unique())
-        return [str(name) for name in known if str(name) in present]
+        return list(category_names(column))
 
     def _cells(self, adata: AnnData | None = None, *, min_gene_overlap: float = 0.5) -> Cells:
         fitted = self._fitted()

@@ -14,13 +14,14 @@ import torch
 
 from cellstill.data.covariates import CovariateDesign
 from cellstill.data.gene_scaling import GeneScaling
-from cellstill.data.loader import CountsLoader, split_cells
+from cellstill.data.loader import CountsLoader, check_shares, split_cells
 from cellstill.data.pca import PCA, PCAMethod, fit_pca
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted, build_networks
-from cellstill.nn.compiled import CompileMode, compiled
+from cellstill.errors import check_above_zero, check_option, whole_number
+from cellstill.nn.compiled import CompileMode, check_compile, compiled
 from cellstill.teachers import Teacher, TeacherInput, TeacherOutput
-from cellstill.train.devices import join
+from cellstill.train.devices import ACCELERATORS, PRECISIONS, join
 from cellstill.train.fit import fit, seeded
 from cellstill.train.progress import OnEpoch
 
@@ -50,6 +51,18 @@ class TrainingSettings:
     checkpoint: Path | None
     resume: bool
     seed: int
+
+    def __post_init__(self) -> None:
+        # All at once, before PCA and teacher have taken their time.
+        for name, least in {"n_epochs_encoder": 0, "n_epochs_decoder": 0, "batch_size": 1}.items():
+            whole_number(name, getattr(self, name), least=least)
+        if self.patience is not None:
+            whole_number("patience", self.patience, least=0)
+        check_above_zero("lr", self.lr)
+        check_option("accelerator", self.accelerator, ACCELERATORS)
+        check_option("precision", self.precision, PRECISIONS)
+        check_compile(self.compile)
+        check_shares(self.train_size, self.validation_size)
 
 
 def distill(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, StoreError
 from cellstill.io.store import atomic_directory
 
 Out = np.ndarray | str | os.PathLike[str] | None
@@ -41,6 +41,8 @@ def output_array(out: Out, shape: tuple[int, int]) -> Iterator[Any]:
     elif isinstance(out, (str, os.PathLike)):
         import zarr
 
+        if os.path.lexists(out):
+            raise StoreError(f"{out} exists. Choose another path for out, or remove it first.")
         with atomic_directory(out) as folder:
             yield zarr.create_array(
                 store=folder, shape=shape, chunks=(min(_ZARR_ROWS, max(shape[0], 1)), shape[1]), dtype="float32"

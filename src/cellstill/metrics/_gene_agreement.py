@@ -172,6 +172,9 @@ def fold_change_slope(real: Any, synthetic: Any, real_labels: Any, synthetic_lab
 
 def same_genes(**matrices: Any) -> list[sp.csr_matrix]:
     """Counts as CSR; raises unless all have the same number of genes, two cells at least and finite values >= 0."""
+    for name, matrix in matrices.items():
+        if hasattr(matrix, "obs_names"):
+            raise InvalidArgumentError(f"{name} is an AnnData: pass its counts, such as {name}.X, of the same genes.")
     found = {name: as_csr(matrix) for name, matrix in matrices.items()}
     if len({x.shape[1] for x in found.values()}) > 1:
         shapes = ", ".join(f"{name} {x.shape}" for name, x in found.items())

@@ -188,13 +188,16 @@ def paired_membership_inference(
     Warns
     -----
     CellstillWarning
-        No attack detects the positive control.
+        No attack detects the positive control, or donors are closer to the other release, as they are if ``synthetic``
+        and ``members`` are not in the same order.
     """
-    if len(synthetic) != 2 or len(members) != 2:
-        raise InvalidArgumentError(
-            f"synthetic has {len(synthetic)} releases and members {len(members)} groups of donors: two of each, the "
-            "first release made of the first group."
-        )
+    pairs: dict[str, Any] = {"synthetic": synthetic, "members": members}
+    for argument, pair in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InvalidArgumentError(
+                f"{argument} has to be two: releases, and the donors that each was made of, in the same order. Found "
+                f"{f'{len(pair)} of them' if isinstance(pair, tuple | list) else type(pair).__name__}."
+            )
     first, second, x = same_genes(first=synthetic[0], second=synthetic[1], real=real)
     codes, names = _donors(donors, x.shape[0])
     halves = {"first": ("members[0]", members[0]), "second": ("members[1]", members[1])}
@@ -213,13 +216,21 @@ def paired_membership_inference(
         for half, release in (("first", first), ("second", second))
     ]
     rows = []
-    for name, pair in ((SYNTHETIC, (first, second)), (CONTROL, controls)):
-        of_first, of_second = (attacks.scores(release) for release in pair)
+    for name, both in ((SYNTHETIC, [first, second]), (CONTROL, controls)):
+        of_first, of_second = (attacks.scores(release) for release in both)
         for attack in of_first:
             own = _own(of_first[attack], of_second[attack], role) / 2
             found = attack_success(own, -own, paired=True, n_bootstrap=n_bootstrap, seed=seed)
             rows.append({"release": name, "attack": attack} | found)
-    return _told(pd.DataFrame(rows))
+    table = pd.DataFrame(rows)
+    if (table.loc[table["release"] == SYNTHETIC, "auroc_high"] < 0.5).any():
+        warnings.warn(
+            "Donors are closer to the release that they are no members of. The first release has to be the one made of "
+            "members[0]: check the order of synthetic and members.",
+            CellstillWarning,
+            stacklevel=2,
+        )
+    return _told(table)
 
 
 def _own(of_first: NDArray, of_second: NDArray, role: NDArray) -> NDArray:

@@ -52,13 +52,18 @@ def compiled(mode: CompileMode = "auto", *, n_values: float = 0.0) -> Iterator[N
     InvalidArgumentError
         Another mode.
     """
-    if not (isinstance(mode, bool) or mode == "auto"):
-        raise InvalidArgumentError(f"compile={mode!r} is not known. Use one of: True, False, 'auto'.")
+    check_compile(mode)
     token = _active.set(n_values >= WORTH_COMPILING if mode == "auto" else bool(mode))
     try:
         yield
     finally:
         _active.reset(token)
+
+
+def check_compile(mode: object) -> None:
+    """Raise unless ``mode`` is ``True``, ``False`` or ``"auto"``."""
+    if not (isinstance(mode, bool) or mode == "auto"):
+        raise InvalidArgumentError(f"compile={mode!r} is not known. Use one of: True, False, 'auto'.")
 
 
 def kernels(device: torch.device) -> ModuleType | None:

@@ -14,10 +14,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError, check_option, whole_number
 from cellstill.train.ranks import Ranks
 
 ACCELERATORS = ("auto", "cpu", "gpu")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 _LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others: the first may compute something for all, such as a teacher."""
@@ -87,18 +88,18 @@ def join(accelerator: str, devices: int) -> Ranks:
 
 
 def _join(accelerator: str, precision: str, devices: int) -> tuple[Fabric, Ranks]:
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise InvalidArgumentError(f"devices={devices!r} has to be an integer of at least 1.")
+    devices = whole_number("devices", devices, least=1)
     if accelerator == "auto":
         # Lightning would choose Apple's GPU, which lacks operations that are needed.
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator == "gpu" and torch.cuda.device_count() < devices:
+        raise InvalidArgumentError(
+            f"accelerator='gpu', devices={devices}: torch finds {torch.cuda.device_count()} CUDA devices. Use as many "
+            "at most, or accelerator='cpu'."
+        )
     if devices == 1:
         with _quiet_lightning():
             return Fabric(accelerator=accelerator, devices=1, precision=precision), Ranks()
-    if accelerator == "gpu" and torch.cuda.device_count() < devices:
-        raise InvalidArgumentError(
-            f"devices={devices}, and this machine has {torch.cuda.device_count()} CUDA devices. Use as many at most."
-        )
     if hasattr(sys, "ps1") or sys.flags.interactive:
         raise InvalidArgumentError(
             f"devices={devices} needs a process for each, which runs the same script: that cannot be started from a "

@@ -14,7 +14,7 @@ from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.errors import InvalidArgumentError, StoreError, check_option
 from cellstill.train.best import KeepBest
 from cellstill.train.checkpoint import describe_run, read_checkpoint
-from cellstill.train.devices import ACCELERATORS, on_device
+from cellstill.train.devices import ACCELERATORS, PRECISIONS, on_device
 from cellstill.train.loop import Loop, Minibatches
 from cellstill.train.plans import Plan
 from cellstill.train.progress import OnEpoch, reporting
@@ -130,7 +130,7 @@ def fit(
     GPU if they fit.
     """
     check_option("accelerator", accelerator, ACCELERATORS)
-    check_option("precision", precision, ("32-true", "bf16-mixed"))
+    check_option("precision", precision, PRECISIONS)
     if resume and checkpoint is None:
         raise InvalidArgumentError("resume=True needs the checkpoint to go on from: give checkpoint=... as well.")
     if checkpoint is not None and os.path.exists(checkpoint) and not resume:

@@ -14,14 +14,21 @@ import torch
 
 from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_args
 from cellstill.data.annotations import gather_obs, is_mudata
-from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_key
+from cellstill.errors import (
+    InvalidArgumentError,
+    NotTrainedError,
+    StoreError,
+    check_above_zero,
+    check_key,
+    whole_number,
+)
 from cellstill.io.anndata import read_anndata, read_mudata
 from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
 from cellstill.nn.compiled import CompileMode
 from cellstill.train.devices import chosen_device
 from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
-from cellstill.vi.config import ModalityConfig, VAEConfig, whole_number
+from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
@@ -219,10 +226,9 @@ class RegularizedModel(MinifiableModel):
                 "The query has no new category that anything is learned for: the model is ready as it is. To go on "
                 "training all of it, load_query_data(..., unfrozen=True)."
             )
-        if max_epochs is not None and max_epochs < 0:
-            raise InvalidArgumentError(f"max_epochs={max_epochs} is below 0.")
-        if not lr > 0:
-            raise InvalidArgumentError(f"lr={lr} has to be above 0.")
+        if max_epochs is not None:
+            max_epochs = whole_number("max_epochs", max_epochs, least=0)
+        check_above_zero("lr", lr)
         if not weight_decay >= 0:
             raise InvalidArgumentError(f"weight_decay={weight_decay} is below 0.")
         if gradient_clip is not None and not gradient_clip > 0:

@@ -251,7 +251,7 @@ def _read_counts(
             )
             adata = adata[full]
             rows = np.where(lacking, -1, np.where(rows >= 0, np.cumsum(full)[rows] - 1, -1))
-    check_counts(adata, layer, allow_noninteger=allow_noninteger)
+    check_counts(adata, layer, allow_noninteger=allow_noninteger, set_up=True)
     return as_csr(get_layer(adata, layer)), rows
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
 from typing import Any, Literal
 
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError, check_option, whole_number
 
 Background = Literal["profile", "free"]
 NATIVE_SPARSITY = 5.0
@@ -223,10 +222,3 @@ class VAEConfig:
         }
         plain["modalities"] = {name: ModalityConfig(**one) for name, one in config["modalities"].items()}
         return cls(**plain)
-
-
-def whole_number(name: str, value: Any, *, least: int) -> int:
-    """Return an integer of any type, such as NumPy's, as ``int``; refuse all else, naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InvalidArgumentError(f"{name}={value!r} has to be an integer of at least {least}.")
-    return int(value)

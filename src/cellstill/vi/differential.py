@@ -21,7 +21,15 @@ from cellstill.de import (
     pseudobulk_de,
     stratify,
 )
-from cellstill.de.choice import batch_terms, check_within, choose_cells, choose_groups, codes_of_both, require_samples
+from cellstill.de.choice import (
+    batch_terms,
+    check_within,
+    choose_cells,
+    choose_groups,
+    chosen_how,
+    codes_of_both,
+    require_samples,
+)
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.correction import corrected_ratios
@@ -104,7 +112,7 @@ class Differential(Criticism):
             the design cannot tell the groups from the batches (:func:`~cellstill.de.design.design_of_units`).
         """
         self._require_trained()
-        how = how or PseudobulkConfig()
+        how = chosen_how(how)
         name = self._modality(modality)
         cells = self._cells(adata)
         if isinstance(how, PseudobulkConfig):
@@ -119,6 +127,11 @@ class Differential(Criticism):
             check_within(obs, within, groupby=groupby, sample_key=sample_key)
         obs, contrast = _choose(obs, groupby, group1, group2, idx1, idx2)
         has = np.flatnonzero(cells.present[name])
+        if not len(has):
+            raise InvalidArgumentError(
+                f"modality={name!r}: no cell has it. Cells have: "
+                f"{', '.join(repr(key) for key, present in cells.present.items() if present.any())}."
+            )
         obs, cells = obs.iloc[has], cells[has]
         if automatic:
             obs, terms = batch_terms(

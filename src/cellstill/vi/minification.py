@@ -24,8 +24,9 @@ class Minification(Query):
         Instead of counts, ``model.adata`` then holds mean and variance of z (``obsm["vi_latent_qzm"]``,
         ``obsm["vi_latent_qzv"]``) and of the log library sizes (``obsm["vi_latent_qlm"]``, ``obsm["vi_latent_qlv"]``,
         one column per modality), and observed totals. Whatever depends on counts through these alone stays what it was:
-        latents, library sizes, expression, background, attribution, posterior predictive counts and Bayesian
-        differential expression. What needs counts says so: training, evidence, denoised counts and pseudobulk.
+        latents, library sizes, expression, background, attribution and posterior predictive counts. What needs counts
+        says so: training, evidence, denoised counts and differential expression of either kind;
+        ``minified_data_type="latent_posterior_parameters_with_counts"`` keeps them.
 
         Parameters
         ----------
