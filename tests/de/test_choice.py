@@ -153,6 +153,11 @@ def test_a_batch_that_differs_within_samples_is_no_term_and_this_is_said():
     assert used == ["site"]
 
 
+def test_samples_are_one_column():
+    with pytest.raises(InvalidArgumentError, match=r"sample_key=\['donor', 'region'\] has to name one column of obs"):
+        require_samples(["donor", "region"])
+
+
 def test_what_is_no_configuration_is_named():
     assert chosen_how(None) == PseudobulkConfig()
     how = BayesianConfig()

@@ -370,3 +370,16 @@ def test_samples_of_few_counts_are_left_out_aloud(one_batch):
         **TREATED,
     )
     pd.testing.assert_frame_equal(result.table, without.table)
+
+
+@pytest.mark.parametrize(
+    ("asked", "argument"),
+    [
+        ({"batch_key": "condition"}, "batch_key"),
+        ({"config": PseudobulkConfig(covariate_keys=["condition"])}, "covariate_keys"),
+    ],
+    ids=["batch", "covariate"],
+)
+def test_the_groups_themselves_are_no_term_of_the_design(one_batch, asked, argument):
+    with pytest.raises(InvalidArgumentError, match=f"{argument}='condition' is the groupby column, whose groups"):
+        pseudobulk_de(one_batch.counts, one_batch.obs, one_batch.genes, sample_key="donor", **asked, **TREATED)

@@ -123,6 +123,14 @@ def test_decoding_as_one_batch_can_be_asked_for_in_two_ways(trained):
     assert not np.allclose(one["lfc_mean"], average["lfc_mean"], atol=1e-4)
 
 
+def test_a_batch_named_twice_counts_once(trained):
+    once, twice = (
+        trained.get_normalized_expression(indices=np.arange(20), transform_batch=names, return_numpy=True)
+        for names in (["batch_0", "batch_1"], ["batch_0", "batch_1", "batch_1"])
+    )
+    np.testing.assert_array_equal(once, twice)
+
+
 def test_batch_terms_can_be_chosen(trained):
     how = BayesianConfig(n_samples=2)
     none = trained.differential_expression("condition", "treat", "ctrl", "donor", how, batch_keys=[])

@@ -118,6 +118,11 @@ def require_samples(sample_key: str | None) -> str:
             "cells of one sample share what is particular to it, and tested as if they were independent they turn "
             "differences between donors into differences between groups."
         )
+    if not isinstance(sample_key, str):
+        raise InvalidArgumentError(
+            f"sample_key={sample_key!r} has to name one column of obs. Join several into one: "
+            "obs['sample'] = obs['donor'].astype(str) + '-' + obs['region'].astype(str)."
+        )
     return sample_key
 
 

@@ -100,6 +100,10 @@ def make_units(
         )
     named = [("sample_key", sample_key), ("groupby", column), ("batch_key", batch_key)]
     for argument, key in [*named, *(("covariate_keys", key) for key in covariate_keys)]:
+        if key == column and argument != "groupby":
+            raise InvalidArgumentError(
+                f"{argument}={key!r} is the groupby column, whose groups are compared. Leave it out."
+            )
         if key in RESERVED:
             raise InvalidArgumentError(
                 f"{argument}={key!r}: the table of samples has columns {', '.join(RESERVED)} of its own. "

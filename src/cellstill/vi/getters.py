@@ -405,6 +405,7 @@ class Getters(RegularizedModel):
                 raise InvalidArgumentError(
                     f"transform_batch names no category of {column!r}. Name some of {known}, or pass None."
                 )
+            names = list(dict.fromkeys(map(str, names)))  # each once, however often it was named
             for category in names:
                 check_option(f"transform_batch[{column!r}]", str(category), known)
             targets = [{**one, f"code/{column}": known.index(str(category))} for one in targets for category in names]
