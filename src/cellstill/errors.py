@@ -57,10 +57,11 @@ def whole_number(argument: str, value: object, *, least: int) -> int:
     return int(value)
 
 
-def check_above_zero(argument: str, value: object) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
+def above_zero(argument: str, value: object) -> float:
+    """Return a finite number above 0, of any type, as ``float``; refuse all else, naming the argument."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         raise InvalidArgumentError(f"{argument}={value!r} has to be a number above 0.")
+    return float(value)
 
 
 def check_option(argument: str, value: object, known: Iterable[str]) -> None:

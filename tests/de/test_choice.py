@@ -153,6 +153,25 @@ def test_a_batch_that_differs_within_samples_is_no_term_and_this_is_said():
     assert used == ["site"]
 
 
+def test_samples_spread_in_one_level_cost_only_that_level_its_term():
+    """And a stray cell is no spread: the design refuses it, as before."""
+    rows = [(f"s{i}", "tc"[i % 2], "xy"[i // 2], level) for i in range(4) for level in "AB"]
+    obs = cells(rows, 20)
+    stray = obs.copy()
+    stray.loc[stray.index[(stray["type"] == "B").to_numpy().argmax()], "batch"] = "y"
+    asked = {**ASKED, "within": "type"}
+    chosen, used = batch_terms(stray, ["batch"], CONTRAST, **asked)
+    assert used == ["batch"]
+    pd.testing.assert_series_equal(chosen["batch"], stray["batch"], check_dtype=False)
+    in_b = (obs["type"] == "B").to_numpy()
+    obs.loc[in_b & (np.arange(len(obs)) % 2 == 0), "batch"] = "z"
+    with pytest.warns(CellstillWarning, match="'batch' is no term of the design of type in 'B': it differs within"):
+        chosen, used = batch_terms(obs, ["batch"], CONTRAST, **asked)
+    assert used == ["batch"]
+    assert set(chosen["batch"][in_b]) == {"one per sample"}
+    assert set(chosen["batch"][~in_b]) == {"x", "y"}
+
+
 def test_samples_are_one_column():
     with pytest.raises(InvalidArgumentError, match=r"sample_key=\['donor', 'region'\] has to name one column of obs"):
         require_samples(["donor", "region"])

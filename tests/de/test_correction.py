@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import norm
 
 from cellstill.de import PseudobulkConfig, pseudobulk_de
-from cellstill.de.correction import correction_variance, widen
+from cellstill.de.correction import correction_error, widen
 from cellstill.de.gene_tests import GeneTests
 from cellstill.de.moderated import moderated_t
 from cellstill.de.variances import VariancePosterior
@@ -14,21 +14,58 @@ from cellstill.de.variances import VariancePosterior
 N_GENES = 2000
 
 
-def test_the_scatter_of_changes_is_found_at_each_level_whatever_a_tenth_of_the_genes_does():
+ERRORS = {
+    "normal": lambda rng: 0.4 * rng.standard_normal(N_GENES),
+    "heavy_tails": lambda rng: 0.25 * rng.standard_t(3, N_GENES),
+    "a_third_of_the_genes": lambda rng: 0.4 * rng.standard_normal(N_GENES) * (rng.random(N_GENES) < 0.3),
+    "few_and_large": lambda rng: 3.0 * rng.standard_normal(N_GENES) * (rng.random(N_GENES) < 0.02),
+}
+
+
+def test_the_size_of_errors_is_found_at_each_level():
     rng = np.random.default_rng(0)
     level = rng.uniform(np.log(2), np.log(2000), N_GENES)
     sums = np.exp(level)[None] * np.ones((6, 1))
     sd = 0.3 - 0.03 * level
-    change = sd * rng.standard_normal(N_GENES)
-    change[:: N_GENES // 200] += 3.0
-    found = np.sqrt(correction_variance(change, sums))
-    np.testing.assert_allclose(found, sd, rtol=0.25)
-    assert abs(np.mean(found / sd) - 1) < 0.1
+    found = np.sqrt(correction_error(sd * rng.standard_normal(N_GENES), sums).mean())
+    np.testing.assert_allclose(found, sd, rtol=0.2)
+    assert np.mean(found / sd) == pytest.approx(1, abs=0.04)
 
 
-def test_few_genes_share_the_mean_square_of_all():
+@pytest.mark.parametrize("kind", ERRORS)
+def test_the_distribution_of_errors_has_their_tails(kind):
+    rng = np.random.default_rng(5)
+    drawn = ERRORS[kind](rng)
+    error = correction_error(drawn, np.ones((6, 1)) * rng.uniform(10, 1000, N_GENES))
+    assert error.weights.sum() == pytest.approx(1)
+    assert error.mean().mean() == pytest.approx(np.square(drawn).mean(), rel=0.15)
+    for size in np.quantile(np.abs(drawn), [0.985, 0.995]):
+        expected = (error.weights @ (2 * norm.sf(size / np.sqrt(error.variances)))).mean()
+        # Rather heavier than lighter: EM leaves the widest components some weight.
+        assert 0.8 < expected / (np.abs(drawn) > size).mean() < 2.5
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_of_any_shape_make_no_false_calls(kind):
+    rng = np.random.default_rng(6)
+    design = np.column_stack([np.ones(16), np.repeat([0, 1], 8)]).astype(float)
+    raw = rng.poisson(np.exp(rng.uniform(3, 8, N_GENES)) * np.exp(0.2 * rng.standard_normal((16, N_GENES)))).astype(
+        float
+    )
+    corrected = np.rint(raw * np.exp(ERRORS[kind](rng) * design[:, 1:]))
+    blind = moderated_t(corrected, design, lfc_threshold=0.0).columns
+    found = moderated_t(corrected, design, lfc_threshold=0.0, uncorrected=raw).columns
+    assert (blind["fdr"] <= 0.05).sum() >= 20
+    assert (found["fdr"] <= 0.05).sum() <= 1
+    assert (found["p_value"] < 0.05).mean() == pytest.approx(0.05, abs=0.015)
+
+
+def test_few_genes_share_the_mean_square_of_all_and_nothing_moved_is_no_error():
     change = np.array([0.1, -0.3, 0.2])
-    np.testing.assert_allclose(correction_variance(change, np.ones((4, 3))), np.square(change).mean())
+    np.testing.assert_allclose(correction_error(change, np.ones((4, 3))).mean(), np.square(change).mean())
+    np.testing.assert_array_equal(correction_error(np.zeros(50), np.ones((4, 50))).mean(), 0)
+    tied = 0.3 * np.random.default_rng(0).standard_normal(500)
+    assert np.sqrt(correction_error(tied, np.ones((4, 500))).mean().mean()) == pytest.approx(0.3, rel=0.1)
 
 
 def test_variance_that_is_added_widens_the_normal_of_the_test():
@@ -94,16 +131,46 @@ def test_wald_tests_are_widened_and_keep_what_was_filtered():
     corrected = GeneTests({"lfc": raw_lfc + change, "lfc_se": error, "p_value": p_value, "fdr": fdr}, np.ones(4), ["x"])
     raw = GeneTests({"lfc": raw_lfc, "lfc_se": np.full(n, 0.4)}, np.ones(4), [])
     found = widen(corrected, raw, sums, 0.5)
-    total = np.sqrt(0.4**2 + correction_variance(change, sums))
-    np.testing.assert_allclose(found.columns["lfc_se"], total)
-    assert 0.24 < np.sqrt(correction_variance(change, sums)).mean() < 0.36
-    size = np.abs(raw_lfc + change)
-    expected = norm.sf((size - 0.5) / total) + norm.sf((size + 0.5) / total)
+    unknown = correction_error(change, sums)
+    np.testing.assert_allclose(found.columns["lfc_se"], np.sqrt(0.4**2 + unknown.mean()))
+    assert np.sqrt(unknown.mean()).mean() == pytest.approx(0.3, rel=0.1)
+    beyond = (np.abs(raw_lfc + change) - 0.5) / np.sqrt(0.4**2 + unknown.variances)
+    expected = unknown.weights @ np.minimum(2 * norm.sf(beyond), 1)
     kept = np.arange(n) != 3
     np.testing.assert_allclose(found.columns["p_value"][kept], expected[kept])
     assert np.isnan(found.columns["p_value"][3])
     np.testing.assert_array_equal(np.isnan(found.columns["fdr"]), np.arange(n) < 5)
     assert found.notes == ["x"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_deseq2_of_counts_that_nothing_corrects_is_that_of_raw_ones(threshold):
+    rng = np.random.default_rng(4)
+    obs = pd.DataFrame({"sample": np.repeat([f"s{k}" for k in range(8)], 10)})
+    obs["group"] = np.where(obs["sample"].str[1].astype(int) < 4, "a", "b")
+    mean = np.exp(rng.uniform(0, 3, 80))
+    changed = np.where(np.arange(80) < 20, 3.0, 1.0)
+    counts = rng.poisson(np.where((obs["group"] == "a").to_numpy()[:, None], mean * changed, mean)).astype(float)
+    terms = {"groupby": "group", "group1": "a", "group2": "b", "sample_key": "sample"}
+    names = [f"g{k}" for k in range(80)]
+    asked = {"method": "deseq2", "lfc_threshold": threshold}
+    raw = pseudobulk_de(counts, obs, names, **terms, config=PseudobulkConfig(**asked))
+    ratios = iter([(np.arange(len(obs)), np.ones((len(obs), 80)))])
+    how = PseudobulkConfig(**asked, expression="corrected")
+    found = pseudobulk_de(counts, obs, names, **terms, ratios=ratios, config=how)
+    for column in ("lfc", "lfc_se", "p_value", "fdr"):
+        np.testing.assert_allclose(found.table[column], raw.table[column], rtol=1e-6, err_msg=column)
+
+
+def test_shrunken_fold_changes_of_deseq2_know_the_error():
+    rng = np.random.default_rng(7)
+    sums = np.exp(rng.uniform(2, 6, 400))[None] * np.ones((4, 1))
+    change = 0.5 * rng.standard_normal(400)
+    raw = GeneTests({"lfc": np.zeros(400), "lfc_se": np.full(400, 0.1)}, np.ones(4), [])
+    p_value = 2 * norm.sf(np.abs(change) / 0.1)
+    columns = {"lfc": change, "lfc_se": np.full(400, 0.1), "p_value": p_value, "fdr": p_value, "lfc_shrunken": change}
+    found = widen(GeneTests(columns, np.ones(4), []), raw, sums, 0.0).columns["lfc_shrunken"]
+    assert found.std() < 0.3 * change.std()
 
 
 @pytest.mark.parametrize("method", ["ttest", "deseq2", "wilcoxon"])

@@ -124,6 +124,7 @@ def test_settings_that_cannot_be_used_are_refused(settings, message):
         ({"train_size": 1.5}, "train_size=1.5 and validation_size=None must be shares"),
         ({"n_epochs_encoder": 2.5}, "n_epochs_encoder=2.5 has to be an integer"),
         ({"lr": "a"}, "lr='a' has to be a number above 0"),
+        ({"train_size": "most"}, "train_size='most' has to be a share"),
         ({"patience": -1}, "patience=-1 has to be an integer of at least 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

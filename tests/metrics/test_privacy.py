@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from cellstill.data import simulate_counts
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 from cellstill.metrics import membership_inference, paired_membership_inference
-from cellstill.metrics._donor_attacks import attack_success
+from cellstill.metrics._donor_attacks import attack_success, paired_success
 from cellstill.metrics.privacy import CLOSEST_RECORD_NOTE, distance_to_closest_record
 
 MEMBERS = [f"donor_{i}" for i in range(20)]
@@ -260,12 +260,11 @@ def test_the_paired_score_is_the_formula(cohort, monkeypatch):
 
     scores = []
 
-    def collect(members, non_members, **options):
-        scores.append(members)
-        np.testing.assert_array_equal(members, -non_members)
-        return attack_success(members, non_members, **options)
+    def collect(first, second, **options):
+        scores.append((first, second))
+        return paired_success(first, second, **options)
 
-    monkeypatch.setattr(membership, "attack_success", collect)
+    monkeypatch.setattr(membership, "paired_success", collect)
     strangers = cohort[2]
     table = paired(cohort, strangers[:60], strangers[60:120]).loc["synthetic"]
     x, donors, _ = cohort
@@ -275,23 +274,32 @@ def test_the_paired_score_is_the_formula(cohort, monkeypatch):
     for k, attack in enumerate(("gan_leaks", "density_ratio", "closest_cell")):
         own_donors = ~np.isin(names, REFERENCE)
         gap = pd.Series((sides[0][attack][own_donors] - sides[1][attack][own_donors]), names[own_donors])
+        for found, half in zip(scores[k], (FIRST, SECOND), strict=True):
+            np.testing.assert_allclose(np.sort(found), np.sort(gap[half]), atol=1e-9)
         common = (gap[FIRST].mean() + gap[SECOND].mean()) / 2
         own = np.concatenate([gap[FIRST] - common, common - gap[SECOND]])
-        np.testing.assert_allclose(np.sort(2 * scores[k]), np.sort(own), atol=1e-9)
-        assert table.loc[attack, "auroc"] == pytest.approx((own[:, None] + own > 0).mean())
+        weights = np.repeat([0.5 / len(FIRST), 0.5 / len(SECOND)], [len(FIRST), len(SECOND)])
+        assert table.loc[attack, "auroc"] == pytest.approx(weights @ (own[:, None] + own > 0) @ weights)
+        highest = own > (-own).max()
+        assert table.loc[attack, "tpr"] == pytest.approx(weights @ highest)
 
 
-def test_paired_intervals_cover_what_they_should():
+@pytest.mark.parametrize("sizes", [(17, 17), (5, 30)], ids=["halves", "unequal"])
+def test_paired_intervals_cover_what_they_should(sizes):
+    """Also where scores are skewed and the halves differ in size."""
     rng = np.random.default_rng(9)
-    covered, false_alarms = [], []
-    for trial in range(200):
-        own = rng.normal(0.5, 1, 25)
-        found = attack_success(own, -own, paired=True, n_bootstrap=300, seed=trial)
+    aurocs, false_alarms, covered = [], [], []
+    for trial in range(150):
+        first, second = (np.exp(rng.normal(0, 1, n)) for n in sizes)
+        found = paired_success(first, second, n_bootstrap=200, seed=trial)
+        aurocs.append(found["auroc"])
+        false_alarms.append(found["detected"])
+        first, second = rng.normal(0.5, 1, sizes[0]), rng.normal(-0.5, 1, sizes[1])
+        found = paired_success(first, second, n_bootstrap=200, seed=trial)
         covered.append(found["auroc_low"] <= 0.7602 <= found["auroc_high"])  # P(N(1, 2) > 0)
-        own = rng.normal(0, 1, 25)
-        false_alarms.append(attack_success(own, -own, paired=True, n_bootstrap=300, seed=trial)["detected"])
-    assert 0.88 < np.mean(covered) < 0.99
-    assert np.mean(false_alarms) < 0.08
+    assert np.mean(aurocs) == pytest.approx(0.5, abs=0.02)
+    assert np.mean(false_alarms) < (0.08 if sizes[0] > 5 else 0.13)
+    assert np.mean(covered) > (0.88 if sizes[0] > 5 else 0.8)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from scvi.data.fields import (
 from scvi.model.base import BaseMinifiedModeModelClass, BaseModelClass
 from scvi.model.base._base_model import BaseModelMetaClass
 
+from cellstill._compat.pandas import categories_in_order
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
@@ -116,12 +118,7 @@ class _ObservedCategories(CategoricalObsField):
     def register_field(self, adata: AnnData | MuData) -> dict[str, Any]:
         """Learn the categories."""
         self.validate_field(adata)
-        values = adata.obs[self._original_attr_key]
-        present = values.unique()
-        if isinstance(values.dtype, pd.CategoricalDtype):
-            known = values.cat.categories
-            return self._encode(adata, known[known.isin(present)].to_numpy())
-        return self._encode(adata, np.sort(np.asarray(present)))
+        return self._encode(adata, categories_in_order(adata.obs[self._original_attr_key]))
 
     def transfer_field(
         self, state_registry: dict, adata_target: AnnData | MuData, extend_categories: bool = False, **kwargs: Any

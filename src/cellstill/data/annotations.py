@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from cellstill._compat.pandas import categories_in_order
 from cellstill.data.covariates import obs_column
 from cellstill.errors import InvalidArgumentError, check_key
 
@@ -95,14 +96,7 @@ def complete_obs(data: AnnData | MuData, arguments: Mapping[str, str]) -> pd.Dat
 
 def category_names(values: pd.Series) -> tuple[str, ...]:
     """Names of the categories that occur, in the order of the categories or sorted: as values, or as text if mixed."""
-    present = values.unique()
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        known = values.cat.categories
-        return tuple(str(value) for value in known[known.isin(present)])
-    try:
-        return tuple(str(value) for value in np.sort(np.asarray(present)))
-    except TypeError:
-        return tuple(sorted({str(value) for value in present}))
+    return tuple(map(str, categories_in_order(values)))
 
 
 def _mudata_column(mdata: MuData, column: str, argument: str) -> pd.Series:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -237,6 +238,9 @@ def share_of(n: int, rank: int, n_ranks: int) -> tuple[int, int]:
 
 def check_shares(train_size: float, validation_size: float | None) -> None:
     """Raise unless cells can be split in these shares."""
+    for name, share in {"train_size": train_size, "validation_size": validation_size}.items():
+        if share is not None and not isinstance(share, Real):
+            raise InvalidArgumentError(f"{name}={share!r} has to be a share, a number from 0 to 1.")
     rest = 1 - train_size if validation_size is None else validation_size
     if not 0 < train_size <= 1 or rest < 0 or train_size + rest > 1 + 1e-9:
         raise InvalidArgumentError(

@@ -25,7 +25,9 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
         if chosen.dtype == object:
             # A mask that once held missing values; taken as positions it would be cells 0 and 1.
             chosen = np.array(chosen.tolist())
-        whole = chosen.dtype.kind in "biu" or (chosen.dtype.kind == "f" and (chosen == np.floor(chosen)).all())
+        whole = chosen.dtype.kind in "biu" or (
+            chosen.dtype.kind == "f" and (np.isfinite(chosen) & (chosen == np.floor(chosen))).all()
+        )
         if chosen.size and not whole:
             raise InvalidArgumentError(
                 f"indices holds {chosen.dtype.name} values, such as {chosen.flat[0]!r}. Give positions (integers), a "

@@ -79,7 +79,7 @@ class BayesianConfig:
     def __post_init__(self) -> None:
         least = {"n_samples": 2, "min_cells_per_sample": 1, "min_total_count": 1, "batch_size": 1, "seed": 0}
         for name, value in least.items():
-            whole_number(name, getattr(self, name), least=value)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=value))
         if self.delta is not None and not self.delta >= 0:
             raise InvalidArgumentError(f"delta={self.delta!r} has to be at least 0.")
         for name in ("credible_mass", "fdr", "pseudo_rate"):

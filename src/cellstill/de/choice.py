@@ -15,6 +15,7 @@ from cellstill.de.units import comparison_cells, text_column
 from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
 
 REST = "rest"
+_MOSTLY = 0.9
 _ONE_EACH = "one per sample"
 _COLUMNS = (
     *("gene", "base_mean", "lfc", "lfc_se", "p_value", "fdr", "is_de", "direction", "lfc_shrunken"),
@@ -176,8 +177,9 @@ def batch_terms(
     decided for each level: where it would only tell samples apart its value becomes ``"one per sample"``, so that the
     design of that level drops it.
 
-    Batches that differ within samples, such as lanes over which each donor was spread, are left out with a warning: the
-    sums of a sample are over its batches.
+    Batches over which samples are spread, such as lanes, are left out in the same way, with a warning: the sums of a
+    sample are over its batches. A sample that has nine tenths of its cells in one batch is not spread but mislabelled,
+    which the design refuses.
 
     Parameters
     ----------
@@ -220,19 +222,20 @@ def batch_terms(
     frame = frame[frame.groupby(["level", "group", "sample"])["level"].transform("size") >= min_cells]
     used = []
     for key in keys:
-        values = frame.groupby(["level", "group", "sample"])[f"key/{key}"].nunique()
-        if (values > 1).any():
-            _, group_name, name = values.index[int(values.to_numpy().argmax())]
+        samples = frame.groupby(["level", "group", "sample"])[f"key/{key}"]
+        largest = samples.agg(lambda values: values.value_counts(normalize=True).iloc[0])
+        spread = largest.index[largest < _MOSTLY]
+        if len(spread):
+            levels = "" if within is None else f" of {within} in {', '.join(map(repr, spread.unique('level')[:5]))}"
             warnings.warn(
-                f"{key!r} is no term of the design: it differs within samples ({name!r} in group {group_name!r} has "
-                f"{values.max()} values). Samples are compared over all of their {key!r}; where their shares differ "
-                "between the groups, give a sample_key whose samples lie in one each.",
+                f"{key!r} is no term of the design{levels}: it differs within samples ({spread[0][2]!r} in group "
+                f"{spread[0][1]!r}). Samples are compared over all of their {key!r}; where their shares differ between "
+                "the groups, give a sample_key whose samples lie in one each.",
                 CellstillWarning,
                 stacklevel=3,
             )
-            continue
         n_samples = frame.groupby(["level", f"key/{key}"])["sample"].nunique()
-        spanning = n_samples[n_samples > 1].index.unique("level")
+        spanning = n_samples[n_samples > 1].index.unique("level").difference(spread.unique("level"))
         if len(spanning):
             used.append(key)
             obs[key] = np.where(level.isin(spanning), obs[key], _ONE_EACH)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellstill.de.correction import correction_variance
+from cellstill.de.correction import CorrectionError, correction_error
 from cellstill.de.gene_tests import RATIO_NOTE, GeneTests, benjamini_hochberg, has_ratio_genes, log_cpm
 from cellstill.de.posterior import NORMAL_DF, normal_scale, shrunken_effect
 from cellstill.de.variances import learn_variances
@@ -55,22 +55,26 @@ def moderated_t(
         See :class:`~cellstill.de.PseudobulkConfig`.
     uncorrected
         If ``sums`` were corrected: the sums before, whose scatter bounds that of the corrected ones from below. The
-        error of the correction itself is added (:func:`~cellstill.de.correction.correction_variance`).
+        error of the correction itself is added (:func:`~cellstill.de.correction.correction_error`).
     """
     depth, size_factors, notes = _depth(sums, matrix)
     fit = _fit(sums, matrix, common, depth)
-    variances, added = fit.variances, np.zeros(sums.shape[1])
+    variances, added = fit.variances, CorrectionError(np.ones(1), np.zeros((1, sums.shape[1])))
     if uncorrected is not None:
         before = _fit(uncorrected, matrix, common, _depth(uncorrected, matrix)[0])
         variances = np.maximum(variances, before.variances * before.unit / fit.unit)
-        added = correction_variance(fit.lfc - before.lfc, uncorrected)
+        added = correction_error(fit.lfc - before.lfc, uncorrected)
     posterior = learn_variances(variances, fit.df)
 
-    error = np.sqrt(posterior.mean() * fit.unit + added)
-    p_value = posterior.two_sided(fit.lfc, fit.unit, lfc_threshold, added)
+    def p_of(threshold: float) -> np.ndarray:
+        each = [posterior.two_sided(fit.lfc, fit.unit, threshold, variance) for variance in added.variances]
+        return np.asarray(added.weights @ np.stack(each))
+
+    error = np.sqrt(posterior.mean() * fit.unit + added.mean())
+    p_value = p_of(lfc_threshold)
     columns = {"lfc": fit.lfc, "lfc_se": error, "p_value": p_value, "fdr": benjamini_hochberg(p_value)}
     if shrink_lfc:
-        scale = normal_scale(fit.lfc, error, posterior.two_sided(fit.lfc, fit.unit, added=added))
+        scale = normal_scale(fit.lfc, error, p_of(0.0))
         columns["lfc_shrunken"] = shrunken_effect(fit.lfc, scale, NORMAL_DF)
     return GeneTests(columns, size_factors, notes)
 

@@ -33,7 +33,7 @@ class PseudobulkConfig:
         its batch before it is summed, which can undo what a batch does to one cell type and not to another; sums keep
         the depth of their sample, and the batch stays in the design, which takes up the error that the correction has
         in common for the samples of a batch. What it does beyond that is added to the error of fold changes
-        (:func:`~cellstill.de.correction.correction_variance`), and samples are not taken to be more alike than their
+        (:func:`~cellstill.de.correction.correction_error`), and samples are not taken to be more alike than their
         raw counts are; ``"wilcoxon"`` has no place for either, and says so. Counts are corrected to the mean of the
         batches that have cells of both groups, or of all where none has
         (:func:`~cellstill.de.choice.codes_of_both`). Only models offer it.

@@ -18,7 +18,7 @@ from cellstill.data.loader import CountsLoader, check_shares, split_cells
 from cellstill.data.pca import PCA, PCAMethod, fit_pca
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted, build_networks
-from cellstill.errors import check_above_zero, check_option, whole_number
+from cellstill.errors import above_zero, check_option, whole_number
 from cellstill.nn.compiled import CompileMode, check_compile, compiled
 from cellstill.teachers import Teacher, TeacherInput, TeacherOutput
 from cellstill.train.devices import ACCELERATORS, PRECISIONS, join
@@ -55,10 +55,10 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         # All at once, before PCA and teacher have taken their time.
         for name, least in {"n_epochs_encoder": 0, "n_epochs_decoder": 0, "batch_size": 1}.items():
-            whole_number(name, getattr(self, name), least=least)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=least))
         if self.patience is not None:
-            whole_number("patience", self.patience, least=0)
-        check_above_zero("lr", self.lr)
+            object.__setattr__(self, "patience", whole_number("patience", self.patience, least=0))
+        object.__setattr__(self, "lr", above_zero("lr", self.lr))
         check_option("accelerator", self.accelerator, ACCELERATORS)
         check_option("precision", self.precision, PRECISIONS)
         check_compile(self.compile)

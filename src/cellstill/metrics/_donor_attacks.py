@@ -70,7 +70,7 @@ class DonorAttacks:
 
 
 def attack_success(
-    members: ArrayLike, non_members: ArrayLike, *, paired: bool = False, n_bootstrap: int = 2000, seed: int = 0
+    members: ArrayLike, non_members: ArrayLike, *, n_bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """AUROC and true positive rate at 1 % false positives of donors' scores, with 95 % bootstrap intervals.
 
@@ -78,8 +78,6 @@ def attack_success(
     ----------
     members, non_members
         Scores, larger for donors that look like members; shapes ``(n_members,)`` and ``(n_non_members,)``.
-    paired
-        The two are scores of the same donors, in order, and are resampled together.
     n_bootstrap
         Resamples of both, with replacement.
     seed
@@ -96,25 +94,62 @@ def attack_success(
     rng = np.random.default_rng(seed)
     wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)
     in_a, in_b = (rng.integers(0, len(v), (n_bootstrap, len(v))) for v in (a, b))
-    if paired:
-        in_b = in_a
     weights = [
         np.stack([np.bincount(r, minlength=len(v)) / len(v) for r in rows]) for rows, v in ((in_a, a), (in_b, b))
     ]
     auroc = ((weights[0] @ wins) * weights[1]).sum(axis=1)
     tpr = _tpr(a[in_a], b[in_b])
+    return _summary(auroc, tpr, float(wins.mean()), float(_tpr(a[None], b[None])[0]), len(a), len(b))
+
+
+def paired_success(first: ArrayLike, second: ArrayLike, *, n_bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """The same as :func:`attack_success` of donors as members against themselves as strangers.
+
+    Parameters
+    ----------
+    first, second
+        Score of one release less that of the other, of the donors that the first was made of and of those that the
+        second was made of. What all have in common is the mean of both means; less it, and with its sign turned for
+        the second, it is by how much a donor's own release scores higher. Both groups weigh one half, whatever their
+        sizes, so that nothing is found where the two differ in nothing else.
+    n_bootstrap, seed
+        Resamples of the donors of each group, with replacement.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if n_bootstrap < 1:
+        raise InvalidArgumentError(f"n_bootstrap={n_bootstrap} must be at least 1.")
+    weights = np.concatenate([np.full(len(v), 0.5 / len(v)) for v in (a, b)])
+    rng = np.random.default_rng(seed)
+    in_a, in_b = (rng.integers(0, len(v), (n_bootstrap, len(v))) for v in (a, b))
+    resampled = np.array([_own_half(a[i], b[j], weights) for i, j in zip(in_a, in_b, strict=True)])
+    auroc, tpr = _own_half(a, b, weights)
+    return _summary(resampled[:, 0], resampled[:, 1], auroc, tpr, len(weights), len(weights))
+
+
+def _own_half(a: NDArray[np.float64], b: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    common = (a.mean() + b.mean()) / 2
+    own = np.concatenate([a - common, common - b])
+    sums = own[:, None] + own
+    n = len(own)
+    passed = own > np.sort(-own)[n - 1 - n // 100]
+    return float(weights @ ((sums > 0) + 0.5 * (sums == 0)) @ weights), float(weights @ passed)
+
+
+def _summary(
+    aurocs: NDArray[np.float64], tprs: NDArray[np.float64], auroc: float, tpr: float, n_members: int, n_others: int
+) -> dict[str, Any]:
     tail = (1 - _LEVEL) / 2
-    (auroc_low, auroc_high), (tpr_low, tpr_high) = (np.quantile(v, [tail, 1 - tail]) for v in (auroc, tpr))
+    (auroc_low, auroc_high), (tpr_low, tpr_high) = (np.quantile(v, [tail, 1 - tail]) for v in (aurocs, tprs))
     return {
-        "auroc": float(wins.mean()),
+        "auroc": auroc,
         "auroc_low": float(auroc_low),
         "auroc_high": float(auroc_high),
-        "tpr": float(_tpr(a[None], b[None])[0]),
+        "tpr": tpr,
         "tpr_low": float(tpr_low),
         "tpr_high": float(tpr_high),
         "detected": bool(auroc_low > 0.5),
-        "n_members": len(a),
-        "n_non_members": len(b),
+        "n_members": n_members,
+        "n_non_members": n_others,
     }
 
 

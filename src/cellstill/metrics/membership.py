@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellstill.errors import CellstillWarning, InvalidArgumentError
-from cellstill.metrics._donor_attacks import DonorAttacks, attack_success
+from cellstill.metrics._donor_attacks import DonorAttacks, attack_success, paired_success
 from cellstill.metrics._gene_agreement import same_genes
 from cellstill.metrics._inputs import category_codes
 
@@ -56,9 +56,9 @@ def membership_inference(
         \log \frac{d_k(x_n, \text{reference})}{d_k(x_n, \text{synthetic})},
 
     the second being the log ratio of the nearest-neighbour densities per dimension, up to a constant, and the third
-    what a single cell that was copied tells. All are made a second time on the **positive control**: in place of the
-    synthetic cells, as many real cells of the members, drawn at random. An attack that does not detect these tells
-    nothing by failing on the synthetic cells.
+    what a single cell that was copied tells; donors with more cells have a closer closest one. All are made a second
+    time on the **positive control**: in place of the synthetic cells, as many real cells of the members, drawn at
+    random. An attack that does not detect these tells nothing by failing on the synthetic cells.
 
     Donors differ, and with few non-members a release can look like more of the members than of the others by chance.
     Where a second release can be made, :func:`paired_membership_inference` compares each donor with itself.
@@ -155,7 +155,8 @@ def paired_membership_inference(
         \quad \bar d_H = \operatorname{mean}_{i \in H} (s_{iA} - s_{iB})
 
     with + for the donors of A. The AUROC is that of the scores :math:`\delta_i / 2` of donors as members against
-    :math:`-\delta_i / 2` as strangers; it is 0.5 if membership tells nothing, however much donors differ. Each donor is
+    :math:`-\delta_i / 2` as strangers, with both halves at equal weight; it is 0.5 if membership tells nothing, however
+    much donors differ. Each donor is
     once a member and once not, so that tens of donors are enough where :func:`membership_inference` needs hundreds. It
     audits a method, not a release: the data are condensed twice, from halves, for this alone.
 
@@ -171,7 +172,7 @@ def paired_membership_inference(
         Donors of neither, to whose cells the coordinates and the density of the reference are fitted. Default: all
         donors of neither.
     n_comps, n_neighbors, n_bootstrap, seed
-        As in :func:`membership_inference`; the bootstrap draws donors.
+        As in :func:`membership_inference`; the bootstrap draws donors of each half.
 
     Returns
     -------
@@ -198,10 +199,10 @@ def paired_membership_inference(
                 f"{argument} has to be two: releases, and the donors that each was made of, in the same order. Found "
                 f"{f'{len(pair)} of them' if isinstance(pair, tuple | list) else type(pair).__name__}."
             )
-    first, second, x = same_genes(first=synthetic[0], second=synthetic[1], real=real)
+    first, second, x = same_genes(**{"synthetic[0]": synthetic[0], "synthetic[1]": synthetic[1], "real": real})
     codes, names = _donors(donors, x.shape[0])
-    halves = {"first": ("members[0]", members[0]), "second": ("members[1]", members[1])}
-    role = _roles(names, halves | {"reference": ("reference", reference)})
+    named = {"first": ("members[0]", members[0]), "second": ("members[1]", members[1])}
+    role = _roles(names, named | {"reference": ("reference", reference)})
     if reference is None:
         role[role == ""] = "reference"
     _require(role, {"first": MIN_DONORS, "second": MIN_DONORS, "reference": MIN_REFERENCE_DONORS})
@@ -219,11 +220,11 @@ def paired_membership_inference(
     for name, both in ((SYNTHETIC, [first, second]), (CONTROL, controls)):
         of_first, of_second = (attacks.scores(release) for release in both)
         for attack in of_first:
-            own = _own(of_first[attack], of_second[attack], role) / 2
-            found = attack_success(own, -own, paired=True, n_bootstrap=n_bootstrap, seed=seed)
+            halves = (of_first[attack][role == half] - of_second[attack][role == half] for half in ("first", "second"))
+            found = paired_success(*halves, n_bootstrap=n_bootstrap, seed=seed)
             rows.append({"release": name, "attack": attack} | found)
     table = pd.DataFrame(rows)
-    if (table.loc[table["release"] == SYNTHETIC, "auroc_high"] < 0.5).any():
+    if (table.loc[table["release"] == SYNTHETIC, "auroc_high"] < 0.5).all():
         warnings.warn(
             "Donors are closer to the release that they are no members of. The first release has to be the one made of "
             "members[0]: check the order of synthetic and members.",
@@ -231,13 +232,6 @@ def paired_membership_inference(
             stacklevel=2,
         )
     return _told(table)
-
-
-def _own(of_first: NDArray, of_second: NDArray, role: NDArray) -> NDArray:
-    """By how much each donor's own release scores higher than the other, less what all donors have in common."""
-    first, second = (of_first[role == half] - of_second[role == half] for half in ("first", "second"))
-    common = (first.mean() + second.mean()) / 2
-    return np.concatenate([first - common, common - second])
 
 
 def _donors(donors: Any, n_obs: int) -> tuple[NDArray, NDArray]:

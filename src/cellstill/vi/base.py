@@ -18,7 +18,7 @@ from cellstill.errors import (
     InvalidArgumentError,
     NotTrainedError,
     StoreError,
-    check_above_zero,
+    above_zero,
     check_key,
     whole_number,
 )
@@ -228,7 +228,7 @@ class RegularizedModel(MinifiableModel):
             )
         if max_epochs is not None:
             max_epochs = whole_number("max_epochs", max_epochs, least=0)
-        check_above_zero("lr", lr)
+        lr = above_zero("lr", lr)
         if not weight_decay >= 0:
             raise InvalidArgumentError(f"weight_decay={weight_decay} is below 0.")
         if gradient_clip is not None and not gradient_clip > 0:
