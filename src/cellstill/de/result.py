@@ -40,7 +40,7 @@ class DEResult:
         others. Pseudobulk: ``gene, base_mean, lfc, lfc_se, p_value, fdr, is_de, direction``; a gene that could not be
         tested keeps its row, with NaN for what is unknown. Bayesian:
         ``gene, base_mean, lfc_mean, ci_low, ci_high, prob_de, fdr, is_de, direction``, without ``base_mean`` where no
-        counts were given.
+        counts were given; NaN likewise, where counts were too few.
     contrast
         Column and the two groups.
     design
