@@ -245,8 +245,8 @@ CASES = {
     "confounded": (one_batch_each, ["--batch-key", "lane"], ["cannot be told from 'lane'", "no --batch-key"]),
     "one_sample_each": (one_donor_each, [], ["each group needs at least 2", "'treat' has 1", "--sample-key"]),
     "ranks_of_a_design": (nothing, ["--method", "wilcoxon", "--covariate-key", "batch"], ["--covariate-key", "ttest"]),
-    "no_counts": (log_normalise, [], ["raw counts", "Choose the layer"]),
-    "counts_elsewhere": (counts_elsewhere, [], ["adata.X does not hold raw counts", "These do: --layer molecules"]),
+    "no_counts": (log_normalise, [], ["raw counts", "bring raw counts"]),
+    "counts_elsewhere": (counts_elsewhere, [], ["adata.X holds values that are not integers: no raw counts", "These do: --layer molecules"]),
 }
 
 
