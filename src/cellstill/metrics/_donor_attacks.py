@@ -121,12 +121,13 @@ def paired_success(first: ArrayLike, second: ArrayLike, *, n_bootstrap: int = 20
     weights = np.concatenate([np.full(len(v), 0.5 / len(v)) for v in (a, b)])
     rng = np.random.default_rng(seed)
     in_a, in_b = (rng.integers(0, len(v), (n_bootstrap, len(v))) for v in (a, b))
-    resampled = np.array([_own_half(a[i], b[j], weights) for i, j in zip(in_a, in_b, strict=True)])
-    auroc, tpr = _own_half(a, b, weights)
+    resampled = np.array([_paired_rates(a[i], b[j], weights) for i, j in zip(in_a, in_b, strict=True)])
+    auroc, tpr = _paired_rates(a, b, weights)
     return _summary(resampled[:, 0], resampled[:, 1], auroc, tpr, len(weights), len(weights))
 
 
-def _own_half(a: NDArray[np.float64], b: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+def _paired_rates(a: NDArray[np.float64], b: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """AUROC and true positive rate, with weights of the donors."""
     common = (a.mean() + b.mean()) / 2
     own = np.concatenate([a - common, common - b])
     sums = own[:, None] + own
