@@ -110,6 +110,19 @@ def test_a_correction_that_errs_makes_no_false_calls(misled):
     assert (found["lfc_se"] > blind["lfc_se"]).mean() > 0.99
 
 
+def test_samples_are_no_more_alike_than_their_raw_counts(misled):
+    """A correction that halves what is particular to each sample, and moves no fold change by much."""
+    raw, _, design = misled
+    fitted = design @ (np.linalg.pinv(design) @ np.log(raw + 1))
+    smooth = np.rint(np.exp(fitted + 0.5 * (np.log(raw + 1) - fitted)))
+    blind = moderated_t(smooth, design, lfc_threshold=0.0).columns
+    found = moderated_t(smooth, design, lfc_threshold=0.0, uncorrected=raw).columns
+    honest = moderated_t(raw, design, lfc_threshold=0.0).columns
+    assert np.median(blind["lfc_se"] / honest["lfc_se"]) < 0.7
+    assert np.median(found["lfc_se"] / honest["lfc_se"]) > 0.95
+    assert (found["p_value"] < 0.05).mean() < 0.06
+
+
 def test_without_a_correction_corrected_counts_are_tested_like_raw_ones(misled):
     raw, _, design = misled
     found = moderated_t(raw, design, lfc_threshold=0.3, shrink_lfc=True, uncorrected=raw).columns
