@@ -156,9 +156,9 @@ def paired_membership_inference(
 
     with + for the donors of A. The AUROC is that of the scores :math:`\delta_i / 2` of donors as members against
     :math:`-\delta_i / 2` as strangers, with both halves at equal weight; it is 0.5 if membership tells nothing, however
-    much donors differ. Each donor is
-    once a member and once not, so that tens of donors are enough where :func:`membership_inference` needs hundreds. It
-    audits a method, not a release: the data are condensed twice, from halves, for this alone.
+    much donors differ. Each donor is once a member and once not, so that fewer donors are needed than for
+    :func:`membership_inference`. It audits a method, not a release: the data are condensed twice, from halves, for this
+    alone.
 
     Parameters
     ----------
