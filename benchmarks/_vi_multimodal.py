@@ -63,7 +63,7 @@ def chromatin(options: Options) -> Section | None:
             if key == "embedding" or not method.label.endswith("alone")
         }
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs
+    section.data["runs"] = runs = options.with_recorded("multimodal_chromatin", runs)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
     joint = value("condition_knn", method="cellstill")
@@ -102,11 +102,13 @@ def proteins(options: Options) -> Section | None:
             Method("TOTALVI", "totalvi", {"missing": missing, **options.train}),
             Method("neighbours in RNA components", "nearest", {"predicted": "prot", "missing": missing}),
         ):
+            if not options.runs(method.label):
+                continue
             result = run_method(method, path, seed, None, section, options, name)
             if result is not None:
                 scores = prediction_scores(result.arrays["predicted"], true)
                 runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs
+    section.data["runs"] = runs = options.with_recorded("multimodal_proteins", runs)
     section.rows = mean_rows(runs, ["method"])
     ours, peer = (value_of(section.rows, "pearson", method=method) for method in ("cellstill", "TOTALVI"))
     section.checks = [Check("proteins of held-out cells, mean correlation", ours, ">=", peer, "TOTALVI's")]

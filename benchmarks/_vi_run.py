@@ -33,6 +33,8 @@ class Options:
     max_epochs: int | None
     accelerator: str
     sets: tuple[str, ...] | None
+    methods: tuple[str, ...] | None
+    record: Path
 
     @property
     def train(self) -> dict[str, Any]:
@@ -43,6 +45,24 @@ class Options:
     def wants(self, name: str) -> bool:
         """Whether a data set is to be run."""
         return self.sets is None or name in self.sets
+
+    def runs(self, label: str) -> bool:
+        """Whether a method is to be run; the others keep the runs that the record has."""
+        return self.methods is None or label in self.methods
+
+    def with_recorded(self, section: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put the recorded runs of the methods that were not asked for before those of this time."""
+        if self.methods is None or not self.record.exists():
+            return runs
+        known = json.loads(self.record.read_text()).get(section)
+        if known is None:
+            return runs
+        if known["environment"]["max_epochs"] != self.max_epochs:
+            raise SystemExit(
+                f"--max-epochs {self.max_epochs}: the record of {section} has {known['environment']['max_epochs']}. "
+                "Give the same, or run all methods."
+            )
+        return [run for run in known["data"]["runs"] if not self.runs(run["method"])] + runs
 
 
 def run_method(
@@ -63,9 +83,9 @@ def run_method(
 def run_all(
     methods: Sequence[Method], path: Path, batch_key: str | None, section: Section, options: Options
 ) -> list[tuple[Method, int, JobResult]]:
-    """Run every method with every seed."""
+    """Run every method that is asked for with every seed."""
     found = []
-    for method in methods:
+    for method in (method for method in methods if options.runs(method.label)):
         for seed in range(options.seeds if method.random else 1):
             result = run_method(method, path, seed, batch_key, section, options, path.stem)
             if result is not None:

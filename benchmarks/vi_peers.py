@@ -132,7 +132,7 @@ def integration(name: str, options: Options) -> Section | None:
         scores = score(embedding, adata.obs, spec.batch_key, spec.labels_key, spec.condition_key)
         scores |= neighbourhood_scores(embedding, adata.obs[spec.batch_key], adata.obs[spec.labels_key])
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs
+    section.data["runs"] = runs = options.with_recorded(f"integration_{name}", runs)
     section.rows = mean_rows(runs, ["method"])
     section.checks = [*check_capacity(section.rows), *CHECKS.get(name, lambda rows: [])(section.rows)]
     show_rows(section)
@@ -191,12 +191,13 @@ def soup(name: str, options: Options) -> Section | None:
     for seed in range(options.seeds):
         dirty, clean = (contaminate(adata, rates, seed) for rates in (RATES, (0.0,) * len(RATES)))
         for label, counts in ((ORACLE, dirty.oracle()), (SUBTRACTION, dirty.subtraction()), (PERFECT, adata.X)):
-            runs.append({"method": label, "seed": seed, **score_soup(dirty, sp.csr_matrix(counts))})
+            if options.runs(label):
+                runs.append({"method": label, "seed": seed, **score_soup(dirty, sp.csr_matrix(counts))})
         fits = [(OURS, dirty, {}), (OURS, clean, {})]
         if seed == 0:
             fits.append((FREE, dirty, {"background": "free"}))
         fitted: dict[str, dict[str, Any]] = {}
-        for label, cells, settings in fits:
+        for label, cells, settings in (fit for fit in fits if options.runs(fit[0])):
             section.data |= store(cells.adata, path)
             method = Method(label, "soup", {"keys": {}, "train": options.train, **settings})
             result = run_method(method, path, seed, Contaminated.BATCH_KEY, section, options, name)
@@ -208,7 +209,7 @@ def soup(name: str, options: Options) -> Section | None:
                 row |= {key: result.numbers[key] for key in ("epochs", "seconds")}
             row |= score_soup(cells, _counts_of(result, cells.adata.shape), result.arrays["fraction"])
         runs += fitted.values()
-    section.data["runs"] = runs
+    section.data["runs"] = runs = options.with_recorded(f"soup_{name}", runs)
     section.rows = mean_rows(runs, ["method"])
     ours, oracle = (partial(value_of, section.rows, method=method) for method in (OURS, ORACLE))
     for rate in RATES:
@@ -241,7 +242,8 @@ def profile(options: Options) -> Section | None:
     by_type = [np.asarray(adata.X[cells].mean(axis=0)).ravel() for cells in _cells_of(adata.obs["cell_type"])]
     runs: list[dict[str, Any]] = []
     for label, estimate in (("mean expression", mean), ("types in equal shares", np.mean(by_type, axis=0))):
-        runs.append({"method": label, "seed": 0, **profile_agreement(estimate, true, mean)._asdict()})
+        if options.runs(label):
+            runs.append({"method": label, "seed": 0, **profile_agreement(estimate, true, mean)._asdict()})
     settings = {"keys": {}, "train": options.train}
     methods = [Method(OURS, "soup", settings), Method(FREE, "soup", {**settings, "background": "free"}, random=False)]
     for method, seed, result in run_all(methods, path, None, section, options):
@@ -251,7 +253,7 @@ def profile(options: Options) -> Section | None:
         agreement = profile_agreement(mean if same else found, true, mean)._asdict()
         numbers = {**result.numbers, **agreement, "fraction": float(result.arrays["fraction"].mean())}
         runs.append({"method": method.label, "seed": seed, **numbers})
-    section.data["runs"] = runs
+    section.data["runs"] = runs = options.with_recorded("soup_droplets", runs)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
     plain = value("correlation", method="mean expression")
@@ -334,6 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"some of: {', '.join(SECTIONS)}; or all of: {', '.join(GROUPS)}",
     )
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="only these data sets")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="LABEL",
+        help="only these lines of the tables, such as 'cellstill 512/128'; the others keep their record",
+    )
     parser.add_argument("--quick", action="store_true", help="few cells and epochs, to see that all runs; no record")
     parser.add_argument("--seeds", type=int, help="repeats; means are shown (default: 3, quick 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPUs of every fit (default: 1)")
@@ -344,7 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="folder of the real data sets")
     parser.add_argument("--out", type=Path, help="JSON to write sections into (default: results/vi_peers.json)")
     chosen = parser.parse_args(arguments)
-    out = chosen.out or (None if chosen.quick else HERE / "results" / "vi_peers.json")
+    record = HERE / "results" / "vi_peers.json"
+    out = chosen.out or (None if chosen.quick else record)
     epochs = 3 if chosen.quick and chosen.max_epochs is None else chosen.max_epochs
     seeds = chosen.seeds or (1 if chosen.quick else 3)
     warnings.simplefilter("ignore")
@@ -354,9 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     checks: list[Check] = []
     with tempfile.TemporaryDirectory() as scratch:
-        sets = None if chosen.sets is None else tuple(chosen.sets)
         options = Options(
-            chosen.data_dir, Path(scratch), chosen.quick, seeds, chosen.threads, epochs, chosen.accelerator, sets
+            *(chosen.data_dir, Path(scratch), chosen.quick, seeds, chosen.threads, epochs, chosen.accelerator),
+            sets=None if chosen.sets is None else tuple(chosen.sets),
+            methods=None if chosen.methods is None else tuple(chosen.methods),
+            record=record,
         )
         for name in wanted:
             described = environment(chosen.threads)

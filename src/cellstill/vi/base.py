@@ -35,8 +35,9 @@ from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.rates import Rate
+from cellstill.vi.roles import ROLES
 from cellstill.vi.start import start_from_data
-from cellstill.vi.training import WARMUP, TrainingSettings, default_epochs, split, train_module
+from cellstill.vi.training import TrainingSettings, default_epochs, split, train_module
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -133,6 +134,11 @@ class RegularizedModel(MinifiableModel):
         )
         self._model_summary_string = f"{type(self).__name__} ({shown})"
 
+    def _usual_lr(self, lr: float) -> dict[str, float]:
+        """Learning rates of the modalities whose role has one other than ``lr``."""
+        roles = {name: ROLES[role] for name, role in self._setup.get("roles", {}).items()}
+        return {name: lr * role.relative_lr for name, role in roles.items() if role.relative_lr != 1}
+
     @property
     def device(self) -> torch.device:
         """Device of the module."""
@@ -160,7 +166,7 @@ class RegularizedModel(MinifiableModel):
         early_stopping: bool = True,
         early_stopping_patience: int = 45,
         early_stopping_min_delta_per_feature: float = 2e-4,
-        kl_warmup: int | float | None = WARMUP,
+        kl_warmup: int | float | None = None,
         weight_decay: float = 0.0,
         gradient_clip: float | None = None,
         accelerator: str = "auto",
@@ -180,8 +186,9 @@ class RegularizedModel(MinifiableModel):
         lr
             Learning rate of Adam. Larger learns faster until it no longer settles.
         modality_lr
-            Learning rates of the parameters that belong to one modality alone, instead of ``lr``, by its name; 0 leaves
-            them as they are. What several modalities share learns at ``lr``.
+            Learning rates of the parameters that belong to one modality alone, by its name; 0 leaves them as they are.
+            Others learn at ``lr``, those of the role ``"atac"`` at a fifth of it: its many seldom seen features are
+            else learned by heart. What several modalities share learns at ``lr``.
         batch_size
             Cells per step. Larger is faster per epoch and takes fewer steps.
         train_size, validation_size
@@ -196,9 +203,9 @@ class RegularizedModel(MinifiableModel):
         early_stopping_min_delta_per_feature
             Fall of the loss, per feature, that counts as one; 0 counts any. Larger stops sooner.
         kl_warmup
-            Steps (int) or share of all steps (float) over which the weight of the divergence of z rises to 1. Longer
-            lets the model explain the counts first, and large networks learn cells by heart. What is given is kept,
-            also where it leaves little of the training at full weight; the default always ends within the first third.
+            Steps (int) or share of all steps (float) over which the weight of the divergence of z rises to 1; ``None``
+            gives it its full weight from the start. Longer lets the model explain the counts first, and large networks
+            learn cells by heart. What is given is kept, also where it leaves little of the training at full weight.
             Epochs before its end are not watched for early stopping.
         weight_decay
             Decay of the weights towards zero. Larger regularises more.
@@ -250,7 +257,7 @@ class RegularizedModel(MinifiableModel):
         settings = TrainingSettings(
             max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
             lr=lr,
-            modality_lr=dict(modality_lr or {}),
+            modality_lr={**self._usual_lr(lr), **(modality_lr or {})},
             weight_decay=weight_decay,
             batch_size=batch_size,
             kl_warmup=kl_warmup,

@@ -22,18 +22,22 @@ class RoleDefaults:
         See :class:`~cellstill.vi.config.ModalityConfig`.
     at_most_one
         Library sizes are on the scale on which the largest mean expression of a feature is 1.
+    relative_lr
+        Learning rate of its parameters, over that of the model.
     """
 
     background: Background | None
     feature_scaling: bool
     at_most_one: bool = False
+    relative_lr: float = 1.0
 
 
 ROLES: dict[str, RoleDefaults] = {
     # Ambient molecules are captured with the cell's own.
     "rna": RoleDefaults(background="profile", feature_scaling=False),
-    # Peaks differ by GC content, mappability and calling.
-    "atac": RoleDefaults(background=None, feature_scaling=True),
+    # Peaks differ by GC content, mappability and calling. Each is seen in few cells, and Adam's steps are as large for
+    # these as for any other feature: at the rate of RNA, cells are learned by heart within a few epochs.
+    "atac": RoleDefaults(background=None, feature_scaling=True, relative_lr=0.2),
     # Antibodies bind without their target, and few kinds are counted: no rate can be told from those that lack one.
     # Some have hundreds of counts in a cell: softplus would have to change by hundreds, where it is a line; below 1 it
     # is about exponential, and expression learns to change by factors.

@@ -16,9 +16,6 @@ from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells
 from cellstill.vi.module import RegularizedVAE
 
-WARMUP = 0.1
-"""Share of training over which the weight of the divergence of z rises."""
-
 _EVALUATION_BATCH = 1024
 _MOST_EPOCHS, _CELLS_AT_MOST = 400, 20_000
 
