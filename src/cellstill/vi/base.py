@@ -28,6 +28,7 @@ from cellstill.nn.compiled import CompileMode
 from cellstill.train.devices import chosen_device
 from cellstill.train.progress import OnEpoch
 from cellstill.vi.cells import Cells, code_of
+from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.expected_fit import fit_expected_libraries
@@ -226,6 +227,11 @@ class RegularizedModel(MinifiableModel):
             A loss or gradient is not finite; the message says where.
         StoreError
             ``checkpoint`` exists and ``resume`` is false, or holds another run.
+
+        Warns
+        -----
+        CellstillWarning
+            After 20 epochs or more, the latent tells nothing of the cells.
         """
         cells = self._cells()
         if self._known_rows == {}:
@@ -275,8 +281,10 @@ class RegularizedModel(MinifiableModel):
         )
         with holding(self.module, self._known_rows):
             self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
-        if len(self.modality_names) > 1 and self._known_rows is None:
-            fit_expected_libraries(self.module, cells[parts[0]])
+        if self._known_rows is None:
+            if len(self.modality_names) > 1:
+                fit_expected_libraries(self.module, cells[parts[0]])
+            warn_if_collapsed(self.module, cells[parts[0]], len(self.history_["elbo_train"]))
         self.train_indices_, self.validation_indices_, self.test_indices_ = parts
         self.is_trained_ = True
         return self
