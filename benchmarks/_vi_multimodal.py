@@ -17,6 +17,8 @@ from _vi_run import Method, Options, run_all, run_method, value_of
 from cellstill.metrics import knn_accuracy
 
 MULTIVI_EPOCHS = 100
+CHROMATIN = ("cellstill", "cellstill, RNA alone", "cellstill, ATAC alone", "MultiVI")
+PROTEINS = ("cellstill", "TOTALVI", "neighbours in RNA components")
 
 CHROMATIN_COLUMNS = {
     "method": "method",
@@ -63,7 +65,7 @@ def chromatin(options: Options) -> Section | None:
             if key == "embedding" or not method.label.endswith("alone")
         }
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_recorded("multimodal_chromatin", runs)
+    section.data["runs"] = runs = options.with_kept("multimodal_chromatin", runs, CHROMATIN)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
     joint = value("condition_knn", method="cellstill")
@@ -108,7 +110,7 @@ def proteins(options: Options) -> Section | None:
             if result is not None:
                 scores = prediction_scores(result.arrays["predicted"], true)
                 runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_recorded("multimodal_proteins", runs)
+    section.data["runs"] = runs = options.with_kept("multimodal_proteins", runs, PROTEINS)
     section.rows = mean_rows(runs, ["method"])
     ours, peer = (value_of(section.rows, "pearson", method=method) for method in ("cellstill", "TOTALVI"))
     section.checks = [Check("proteins of held-out cells, mean correlation", ours, ">=", peer, "TOTALVI's")]

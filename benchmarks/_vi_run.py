@@ -50,19 +50,32 @@ class Options:
         """Whether a method is to be run; the others keep the runs that the record has."""
         return self.methods is None or label in self.methods
 
-    def with_recorded(self, section: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Put the recorded runs of the methods that were not asked for before those of this time."""
-        if self.methods is None or not self.record.exists():
-            return runs
-        known = json.loads(self.record.read_text()).get(section)
-        if known is None:
-            return runs
-        if known["environment"]["max_epochs"] != self.max_epochs:
-            raise SystemExit(
-                f"--max-epochs {self.max_epochs}: the record of {section} has {known['environment']['max_epochs']}. "
-                "Give the same, or run all methods."
-            )
-        return [run for run in known["data"]["runs"] if not self.runs(run["method"])] + runs
+    def kept(self, section: str) -> dict[str, Any]:
+        """The record of a section, of which the runs of methods that are not asked for are kept; else nothing.
+
+        Raises
+        ------
+        SystemExit
+            It was made in another way.
+        """
+        if self.methods is None or self.quick or not self.record.exists():
+            return {}
+        known = json.loads(self.record.read_text()).get(section, {})
+        asked = {"max_epochs": self.max_epochs, "accelerator": self.accelerator, "threads": self.threads}
+        for key, value in asked.items():
+            recorded = known["environment"][key] if known else value
+            if recorded != value:
+                raise SystemExit(
+                    f"--{key.replace('_', '-')} is {value}, but {recorded} in the record of {section}. Give the same, "
+                    "or run all of its methods."
+                )
+        return known
+
+    def with_kept(self, section: str, runs: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Runs of this time and those that are kept, by method in the order of ``labels``."""
+        recorded = self.kept(section).get("data", {}).get("runs", [])
+        kept = [run for run in recorded if not self.runs(run["method"])]
+        return sorted([*kept, *runs], key=lambda run: labels.index(run["method"]))
 
 
 def run_method(

@@ -37,7 +37,7 @@ from _data import BATCHED, DATA_SETS, real, sized, store
 from _readme import update_readme
 from _scores import neighbourhood_scores, score
 from _soup import Contaminated, contaminate, score_soup
-from _vi_multimodal import chromatin, proteins
+from _vi_multimodal import CHROMATIN, PROTEINS, chromatin, proteins
 from _vi_run import Method, Options, run_all, run_method, value_of
 from engine import COUNTS_PER_GENE, SIZES
 from engine import Options as EngineOptions
@@ -52,6 +52,11 @@ N_VARIABLE = 2000
 SOUP_SETS = ("cellbench_3cl_3tech", "kang_pbmc", "mouse_bladder", "onek1k_subset")
 RATES = (0.05, 0.1, 0.2)
 ORACLE, SUBTRACTION, PERFECT, FREE = "oracle", "known subtraction", "the clean counts", "cellstill, background='free'"
+MEAN, EQUAL_TYPES = "mean expression", "types in equal shares"
+
+INTEGRATION = ("PCA", "Harmony", SCVI, SCVI_LARGE, OURS_SMALL, OURS)
+SOUP = (ORACLE, SUBTRACTION, PERFECT, OURS, FREE)
+DROPLETS = (MEAN, EQUAL_TYPES, OURS, FREE)
 
 INTEGRATION_COLUMNS = {
     "method": "method",
@@ -132,7 +137,7 @@ def integration(name: str, options: Options) -> Section | None:
         scores = score(embedding, adata.obs, spec.batch_key, spec.labels_key, spec.condition_key)
         scores |= neighbourhood_scores(embedding, adata.obs[spec.batch_key], adata.obs[spec.labels_key])
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_recorded(f"integration_{name}", runs)
+    section.data["runs"] = runs = options.with_kept(f"integration_{name}", runs, INTEGRATION)
     section.rows = mean_rows(runs, ["method"])
     section.checks = [*check_capacity(section.rows), *CHECKS.get(name, lambda rows: [])(section.rows)]
     show_rows(section)
@@ -209,7 +214,7 @@ def soup(name: str, options: Options) -> Section | None:
                 row |= {key: result.numbers[key] for key in ("epochs", "seconds")}
             row |= score_soup(cells, _counts_of(result, cells.adata.shape), result.arrays["fraction"])
         runs += fitted.values()
-    section.data["runs"] = runs = options.with_recorded(f"soup_{name}", runs)
+    section.data["runs"] = runs = options.with_kept(f"soup_{name}", runs, SOUP)
     section.rows = mean_rows(runs, ["method"])
     ours, oracle = (partial(value_of, section.rows, method=method) for method in (OURS, ORACLE))
     for rate in RATES:
@@ -241,7 +246,7 @@ def profile(options: Options) -> Section | None:
     section.data[name] = store(adata, path)
     by_type = [np.asarray(adata.X[cells].mean(axis=0)).ravel() for cells in _cells_of(adata.obs["cell_type"])]
     runs: list[dict[str, Any]] = []
-    for label, estimate in (("mean expression", mean), ("types in equal shares", np.mean(by_type, axis=0))):
+    for label, estimate in ((MEAN, mean), (EQUAL_TYPES, np.mean(by_type, axis=0))):
         if options.runs(label):
             runs.append({"method": label, "seed": 0, **profile_agreement(estimate, true, mean)._asdict()})
     settings = {"keys": {}, "train": options.train}
@@ -253,10 +258,10 @@ def profile(options: Options) -> Section | None:
         agreement = profile_agreement(mean if same else found, true, mean)._asdict()
         numbers = {**result.numbers, **agreement, "fraction": float(result.arrays["fraction"].mean())}
         runs.append({"method": method.label, "seed": seed, **numbers})
-    section.data["runs"] = runs = options.with_recorded("soup_droplets", runs)
+    section.data["runs"] = runs = options.with_kept("soup_droplets", runs, DROPLETS)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
-    plain = value("correlation", method="mean expression")
+    plain = value("correlation", method=MEAN)
     section.checks = [
         Check("correlation with the true profile", value("correlation", method=OURS), ">=", plain, "mean expression's"),
         Check(
@@ -321,7 +326,14 @@ SECTIONS: dict[str, Callable[[Options], Section | None]] = {
     "multimodal_chromatin": chromatin,
     "multimodal_proteins": proteins,
 }
-
+LABELS: dict[str, tuple[str, ...]] = {
+    **{f"integration_{name}": INTEGRATION for name in BATCHED},
+    **{f"soup_{name}": SOUP for name in SOUP_SETS},
+    "soup_droplets": DROPLETS,
+    "multimodal_chromatin": CHROMATIN,
+    "multimodal_proteins": PROTEINS,
+}
+"""Lines of the tables that can be run alone."""
 
 GROUPS = ("integration", "soup", "multimodal")
 
@@ -340,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods",
         nargs="+",
         metavar="LABEL",
-        help="only these lines of the tables, such as 'cellstill 512/128'; the others keep their record",
+        help="only these lines of the tables, such as 'cellstill 512/128'; others keep those of results/vi_peers.json",
     )
     parser.add_argument("--quick", action="store_true", help="few cells and epochs, to see that all runs; no record")
     parser.add_argument("--seeds", type=int, help="repeats; means are shown (default: 3, quick 1)")
@@ -360,15 +372,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [
         name for name in SECTIONS if chosen.only is None or name in chosen.only or name.split("_")[0] in chosen.only
     ]
+    if chosen.methods is not None:
+        unknown = set(chosen.methods) - {label for name in wanted for label in LABELS.get(name, ())}
+        if unknown:
+            parser.error(f"--methods: no section that was asked for has {sorted(unknown)}.")
+        wanted = [name for name in wanted if not set(chosen.methods).isdisjoint(LABELS.get(name, ()))]
 
     checks: list[Check] = []
     with tempfile.TemporaryDirectory() as scratch:
         options = Options(
-            *(chosen.data_dir, Path(scratch), chosen.quick, seeds, chosen.threads, epochs, chosen.accelerator),
+            data_dir=chosen.data_dir,
+            scratch=Path(scratch),
+            quick=chosen.quick,
+            seeds=seeds,
+            threads=chosen.threads,
+            max_epochs=epochs,
+            accelerator=chosen.accelerator,
             sets=None if chosen.sets is None else tuple(chosen.sets),
             methods=None if chosen.methods is None else tuple(chosen.methods),
             record=record,
         )
+        kept = {name: options.kept(name) for name in wanted}
         for name in wanted:
             described = environment(chosen.threads)
             try:
@@ -378,6 +402,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             if section is None:
                 continue
+            if kept[name]:
+                section.data = kept[name]["data"] | section.data
+                section.notes.append(f"Run for this record: {', '.join(chosen.methods)}. The other lines are older.")
             if epochs is not None:
                 section.notes.append(f"Every fit has at most {epochs} epochs.")
             for note in section.notes:

@@ -135,10 +135,11 @@ class RegularizedModel(MinifiableModel):
         )
         self._model_summary_string = f"{type(self).__name__} ({shown})"
 
-    def _usual_lr(self, lr: float) -> dict[str, float]:
-        """Learning rates of the modalities whose role has one other than ``lr``."""
-        roles = {name: ROLES[role] for name, role in self._setup.get("roles", {}).items()}
-        return {name: lr * role.relative_lr for name, role in roles.items() if role.relative_lr != 1}
+    def _modality_lr(self, lr: float, given: Mapping[str, float]) -> dict[str, float]:
+        """Learning rates of the modalities that have one other than ``lr``: the one given, or that of their role."""
+        roles = self._setup.get("roles", {}) if self._known_rows is None else {}
+        rates = {name: lr * ROLES[role].relative_lr for name, role in roles.items()} | dict(given)
+        return {name: rate for name, rate in rates.items() if rate != lr}
 
     @property
     def device(self) -> torch.device:
@@ -188,8 +189,9 @@ class RegularizedModel(MinifiableModel):
             Learning rate of Adam. Larger learns faster until it no longer settles.
         modality_lr
             Learning rates of the parameters that belong to one modality alone, by its name; 0 leaves them as they are.
-            Others learn at ``lr``, those of the role ``"atac"`` at a fifth of it: its many seldom seen features are
-            else learned by heart. What several modalities share learns at ``lr``.
+            Modalities that are not named learn at ``lr``, those of the role ``"atac"`` at a fifth of it: of many
+            features that are each seldom seen, cells are otherwise learned by heart. What several modalities share
+            learns at ``lr``, and so does what a query adds.
         batch_size
             Cells per step. Larger is faster per epoch and takes fewer steps.
         train_size, validation_size
@@ -205,9 +207,10 @@ class RegularizedModel(MinifiableModel):
             Fall of the loss, per feature, that counts as one; 0 counts any. Larger stops sooner.
         kl_warmup
             Steps (int) or share of all steps (float) over which the weight of the divergence of z rises to 1; ``None``
-            gives it its full weight from the start. Longer lets the model explain the counts first, and large networks
-            learn cells by heart. What is given is kept, also where it leaves little of the training at full weight.
-            Epochs before its end are not watched for early stopping.
+            gives it its full weight from the start, but for models with ``hidden_sparsity``, which need a warm-up and
+            get one of a third. Longer lets the model explain the counts first, and large networks learn cells by
+            heart. What is given is kept, also where it leaves little of the training at full weight. Epochs before its
+            end are not watched for early stopping.
         weight_decay
             Decay of the weights towards zero. Larger regularises more.
         gradient_clip
@@ -231,7 +234,7 @@ class RegularizedModel(MinifiableModel):
         Warns
         -----
         CellstillWarning
-            After 20 epochs or more, the latent tells nothing of the cells.
+            After 300 steps or more, the latent tells next to nothing of the cells.
         """
         cells = self._cells()
         if self._known_rows == {}:
@@ -263,10 +266,10 @@ class RegularizedModel(MinifiableModel):
         settings = TrainingSettings(
             max_epochs=default_epochs(len(cells)) if max_epochs is None else max_epochs,
             lr=lr,
-            modality_lr={**self._usual_lr(lr), **(modality_lr or {})},
+            modality_lr=self._modality_lr(lr, modality_lr or {}),
             weight_decay=weight_decay,
             batch_size=batch_size,
-            kl_warmup=kl_warmup,
+            kl_warmup=1 / 3 if kl_warmup is None and self.module.config.hidden_sparsity else kl_warmup,
             patience=patience if early_stopping else None,
             min_delta=early_stopping_min_delta_per_feature * n_features,
             gradient_clip=gradient_clip,
@@ -284,7 +287,8 @@ class RegularizedModel(MinifiableModel):
         if self._known_rows is None:
             if len(self.modality_names) > 1:
                 fit_expected_libraries(self.module, cells[parts[0]])
-            warn_if_collapsed(self.module, cells[parts[0]], len(self.history_["elbo_train"]))
+            n_epochs = max(map(len, self.history_.values()), default=0)
+            warn_if_collapsed(self.module, cells, parts[0], n_epochs * -(-len(parts[0]) // batch_size))
         self.train_indices_, self.validation_indices_, self.test_indices_ = parts
         self.is_trained_ = True
         return self

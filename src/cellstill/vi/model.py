@@ -95,8 +95,8 @@ class AmbientRegularizedSCVI(Analysis):
         sparser.
     hidden_sparsity
         Put the prior Gamma(``hidden_sparsity`` / n_hidden, 1) on the activations of the decoder's last hidden layer:
-        about so many are then large in a cell. Smaller is sparser. It is warmed up as the divergence of z is, and
-        needs that: ``train(kl_warmup=1/3)``.
+        about so many are then large in a cell. Smaller is sparser. It needs a warm-up,
+        which :meth:`train` gives to it and to the divergence of z.
     ard
         Learn the prior variance of each dimension of z (automatic relevance determination); dimensions that are not
         needed shrink towards this standard deviation, in the course of hundreds of epochs. Smaller shrinks them

@@ -23,7 +23,7 @@ class RoleDefaults:
     at_most_one
         Library sizes are on the scale on which the largest mean expression of a feature is 1.
     relative_lr
-        Learning rate of its parameters, over that of the model.
+        Learning rate of its parameters, as a multiple of that of the model.
     """
 
     background: Background | None
