@@ -44,8 +44,8 @@ def warn_if_collapsed(module: RegularizedVAE, cells: Cells, indices: np.ndarray,
         warnings.warn(
             f"The latent tells next to nothing of the cells: its divergence from the prior is {divergence:.2g} nats a "
             "cell. Perhaps these cells are alike but for depth, soup and covariates, or have too few counts to tell; "
-            "perhaps training did not find what there is. A larger n_hidden and n_latent, another lr and "
-            "kl_warmup=0.1 help it to; compare get_elbo() on validation cells, as what a warm-up finds may be noise.",
+            "perhaps training did not find what there is. A larger n_hidden and n_latent, another lr or "
+            "kl_warmup=0.1 may help; compare get_elbo() of validation cells, as what a warm-up finds may be noise.",
             CellstillWarning,
             stacklevel=3,
         )
