@@ -44,6 +44,7 @@ def chromatin(options: Options) -> Section | None:
     name = "scicar_a549"
     if not options.wants(name):
         return None
+    kept = options.kept("multimodal_chromatin")
     path, mdata = _paired(name, {"rna": 300, "atac": 600}, options)
     shapes = {part: list(each.shape) for part, each in mdata.mod.items()}
     section = Section("sci-CAR A549: RNA and ATAC, 3 durations of treatment", CHROMATIN_COLUMNS, data=shapes)
@@ -65,7 +66,7 @@ def chromatin(options: Options) -> Section | None:
             if key == "embedding" or not method.label.endswith("alone")
         }
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_kept("multimodal_chromatin", runs, CHROMATIN)
+    runs = options.with_kept(kept, section, runs, CHROMATIN)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
     joint = value("condition_knn", method="cellstill")
@@ -85,6 +86,7 @@ def proteins(options: Options) -> Section | None:
     name, missing = "citeseq_pbmc_hashed", "held_out"
     if not options.wants(name):
         return None
+    kept = options.kept("multimodal_proteins")
     _, whole = _paired(name, {"rna": 500, "prot": None}, options)
     shapes = {part: list(each.shape) for part, each in whole.mod.items()}
     section = Section("CITE-seq: proteins of cells that have RNA alone", PROTEIN_COLUMNS, data=shapes)
@@ -110,7 +112,7 @@ def proteins(options: Options) -> Section | None:
             if result is not None:
                 scores = prediction_scores(result.arrays["predicted"], true)
                 runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_kept("multimodal_proteins", runs, PROTEINS)
+    runs = options.with_kept(kept, section, runs, PROTEINS)
     section.rows = mean_rows(runs, ["method"])
     ours, peer = (value_of(section.rows, "pearson", method=method) for method in ("cellstill", "TOTALVI"))
     section.checks = [Check("proteins of held-out cells, mean correlation", ours, ">=", peer, "TOTALVI's")]

@@ -71,11 +71,16 @@ class Options:
                 )
         return known
 
-    def with_kept(self, section: str, runs: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
-        """Runs of this time and those that are kept, by method in the order of ``labels``."""
-        recorded = self.kept(section).get("data", {}).get("runs", [])
-        kept = [run for run in recorded if not self.runs(run["method"])]
-        return sorted([*kept, *runs], key=lambda run: labels.index(run["method"]))
+    def with_kept(
+        self, kept: dict[str, Any], section: Section, runs: list[dict[str, Any]], labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Runs of this time and those that are kept, by method in the order of ``labels``; the section has them too."""
+        if kept:
+            section.data = kept["data"] | section.data
+            runs = [*(run for run in kept["data"]["runs"] if not self.runs(run["method"])), *runs]
+            section.notes.append(f"Run for this record: {'; '.join(self.methods or ())}. The other lines are older.")
+        section.data["runs"] = sorted(runs, key=lambda run: labels.index(run["method"]))
+        return section.data["runs"]
 
 
 def run_method(

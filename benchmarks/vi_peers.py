@@ -114,6 +114,7 @@ def integration(name: str, options: Options) -> Section | None:
     """Score every method on one data set that has batches."""
     if not options.wants(name):
         return None
+    kept = options.kept(f"integration_{name}")
     spec = DATA_SETS[name]
     adata = _most_variable(spec.read(options.data_dir, options.quick))
     path = options.scratch / f"{name}.h5ad"
@@ -137,7 +138,7 @@ def integration(name: str, options: Options) -> Section | None:
         scores = score(embedding, adata.obs, spec.batch_key, spec.labels_key, spec.condition_key)
         scores |= neighbourhood_scores(embedding, adata.obs[spec.batch_key], adata.obs[spec.labels_key])
         runs.append({"method": method.label, "seed": seed, **result.numbers, **scores})
-    section.data["runs"] = runs = options.with_kept(f"integration_{name}", runs, INTEGRATION)
+    runs = options.with_kept(kept, section, runs, INTEGRATION)
     section.rows = mean_rows(runs, ["method"])
     section.checks = [*check_capacity(section.rows), *CHECKS.get(name, lambda rows: [])(section.rows)]
     show_rows(section)
@@ -188,6 +189,7 @@ def soup(name: str, options: Options) -> Section | None:
     """Known soup on real cells of known types, and the same cells without any."""
     if not options.wants(name):
         return None
+    kept = options.kept(f"soup_{name}")
     section = Section(f"Known soup on real cells: {name}", SOUP_COLUMNS)
     section.notes.append("Set-up: `setup_anndata(batch_key=b)`, b being the batch of the soup.")
     adata = real(options.data_dir / f"{name}.h5ad", options.quick)
@@ -214,7 +216,7 @@ def soup(name: str, options: Options) -> Section | None:
                 row |= {key: result.numbers[key] for key in ("epochs", "seconds")}
             row |= score_soup(cells, _counts_of(result, cells.adata.shape), result.arrays["fraction"])
         runs += fitted.values()
-    section.data["runs"] = runs = options.with_kept(f"soup_{name}", runs, SOUP)
+    runs = options.with_kept(kept, section, runs, SOUP)
     section.rows = mean_rows(runs, ["method"])
     ours, oracle = (partial(value_of, section.rows, method=method) for method in (OURS, ORACLE))
     for rate in RATES:
@@ -238,6 +240,7 @@ def profile(options: Options) -> Section | None:
     if not options.wants(name):
         return None
     adata = real(options.data_dir / f"{name}.h5ad", options.quick)
+    kept = options.kept("soup_droplets")
     section = Section("PBMC 4k: profile of the empty droplets", PROFILE_COLUMNS)
     section.notes.append("Set-up: `setup_anndata()` without any key.")
     path = options.scratch / f"{name}.h5ad"
@@ -258,7 +261,7 @@ def profile(options: Options) -> Section | None:
         agreement = profile_agreement(mean if same else found, true, mean)._asdict()
         numbers = {**result.numbers, **agreement, "fraction": float(result.arrays["fraction"].mean())}
         runs.append({"method": method.label, "seed": seed, **numbers})
-    section.data["runs"] = runs = options.with_kept("soup_droplets", runs, DROPLETS)
+    runs = options.with_kept(kept, section, runs, DROPLETS)
     section.rows = mean_rows(runs, ["method"])
     value = partial(value_of, section.rows)
     plain = value("correlation", method=MEAN)
@@ -392,7 +395,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             methods=None if chosen.methods is None else tuple(chosen.methods),
             record=record,
         )
-        kept = {name: options.kept(name) for name in wanted}
         for name in wanted:
             described = environment(chosen.threads)
             try:
@@ -402,9 +404,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             if section is None:
                 continue
-            if kept[name]:
-                section.data = kept[name]["data"] | section.data
-                section.notes.append(f"Run for this record: {', '.join(chosen.methods)}. The other lines are older.")
             if epochs is not None:
                 section.notes.append(f"Every fit has at most {epochs} epochs.")
             for note in section.notes:
