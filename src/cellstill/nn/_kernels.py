@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Compiled loops of the CPU: a count likelihood with its gradients row by row, and what is slow around it.
+"""Compiled loops of the CPU: a count likelihood with its gradients row by row.
 
 Numba compiles them on first use and keeps the machine code on disk. They read and write NumPy arrays in float32,
 release the interpreter's lock, and work on a range of rows or columns, so that threads can share the work.
@@ -11,7 +11,6 @@ branches, which the compiler turns into vector instructions; calls to the C libr
 from __future__ import annotations
 
 import numba
-import numba.extending
 import numpy as np
 
 _F = np.float32
@@ -148,9 +147,10 @@ def _nonzeros(counts, means, thetas, grad_means, grad_thetas):
         u, v, w = _F(1) / start, _F(1) / (above + _F(4)), _F(1) / beyond
         spread = _F(1) / (theta + mean)
         step, square = _log1p(x * u), w * w
-        # Stirling's series after four steps, for x! after five, of the three log-gammas; their logarithms together.
-        steps = _product(theta) / _product(above) * (_product(x + _F(1)) * square * square * np.sqrt(w))
-        value += (start - _F(0.5)) * step + x * _log((above + _F(4)) * mean * spread * w) + _log(steps)
+        # Stirling's series after four steps, for x! after five, of the three log-gammas. Their steps have a logarithm
+        # each: compilers may reorder a product of them all, and then it overflows.
+        value += (start - _F(0.5)) * step + x * _log((above + _F(4)) * mean * spread * w)
+        value += _log(_product(theta) / _product(above)) + _log(_product(x + _F(1)) * square * square * np.sqrt(w))
         value += _stirling(v) - _stirling(u) - _stirling(w) + (_F(5) - _HALF_LOG_2PI)
         # 1 / (theta above) and the next three of the kind.
         a, b = theta * above, (theta + _F(1)) * (above + _F(1))
@@ -167,9 +167,8 @@ def negative_binomial_rows(
     stop,
     logits,
     bias,
-    size,
+    log_size,
     theta,
-    inverse_theta,
     group,
     weight,
     data,
@@ -182,17 +181,18 @@ def negative_binomial_rows(
 ):
     """Log-likelihood of the cells ``start`` to ``stop``, and its gradients times each cell's weight.
 
-    ``logits`` become their own gradient. ``grad_theta``, of the shape of ``theta``, and ``grad_bias`` are added to;
-    ``value`` and ``grad_size``, the derivative in the logarithm of the size, are filled.
+    ``logits`` become their own gradient; ``group`` may be empty. ``grad_theta``, of the shape of ``theta``, and
+    ``grad_bias`` are added to; ``value`` and ``grad_size``, the derivative in the logarithm of the size, are filled.
     """
     n_vars = logits.shape[1]
     grads = np.empty(n_vars, np.float32)
     means, thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     grad_means, grad_thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
+    inverse_theta = _F(1) / theta
     for i in range(start, stop):
-        row, own, grad_own, w = logits[i], theta[group[i]], grad_theta[group[i]], weight[i]
-        factor = size[i] / _softmax(row, bias)
-        total, common = _zeros(row, factor, own, inverse_theta[group[i]], w, grads, grad_own)
+        at = group[i] if group.size else 0
+        row, own, grad_own, w, size = logits[i], theta[at], grad_theta[at], weight[i], np.exp(log_size[i])
+        total, common = _zeros(row, size / _softmax(row, bias), own, inverse_theta[at], w, grads, grad_own)
 
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
         genes, counts = indices[first : first + n_counts], data[first : first + n_counts]
@@ -206,85 +206,8 @@ def negative_binomial_rows(
 
         value[i], grad_size[i] = total, w * common
         # The sum over all genes goes back through the normalisation.
-        common /= size[i]
+        common /= size
         for j in range(n_vars):
             grad = w * (grads[j] - row[j] * common)
             row[j] = grad
             grad_bias[j] += grad
-
-
-@_compile
-def order_by_column(data, indices, indptr, n_vars):
-    """Order the non-zeros of CSR rows by column: values, rows, and where each column begins."""
-    values, rows = np.empty_like(data), np.empty_like(indices)
-    # Counts two places on; summed, one place on is where the next non-zero of a column goes.
-    starts = np.zeros(n_vars + 2, indptr.dtype)
-    for k in range(indices.size):
-        starts[indices[k] + 2] += 1
-    for j in range(2, starts.size):
-        starts[j] += starts[j - 1]
-    for i in range(indptr.size - 1):
-        for k in range(indptr[i], indptr[i + 1]):
-            place = starts[indices[k] + 1]
-            starts[indices[k] + 1] = place + 1
-            rows[place], values[place] = i, data[k]
-    return values, rows, starts[:-1]
-
-
-@_compile
-def drop(values, bits, lowest, scale):
-    """Values times ``scale``, and zeros where ``bits`` are below ``lowest``."""
-    out, kept = np.empty_like(values), _F(scale)
-    for k in range(values.size):
-        out[k] = values[k] * (kept if bits[k] >= lowest else _F(0))
-    return out
-
-
-@numba.extending.intrinsic
-def _pointer(_, address):
-    to = numba.types.CPointer(numba.types.float32)
-    return to(address), lambda context, builder, _, args: builder.inttoptr(args[0], context.get_value_type(to))
-
-
-@_inline
-def _floats(address, n):
-    """The float32 values at an address."""
-    return numba.carray(_pointer(address), n)  # type: ignore[call-arg]
-
-
-@_compile
-def count_steps(places):
-    """Add 1 to the steps of :func:`adamw`."""
-    for row in range(places.shape[0]):
-        _floats(places[row, 5], 1)[0] += _F(1)
-
-
-@_compile
-def adamw(start, stop, places, settings):
-    """One step of AdamW on the values ``start`` to ``stop`` of all parameters in a row.
-
-    A row of ``places`` for each parameter: number of values, and addresses of values, gradients, their means, their
-    mean squares, and the number of steps, this one included. Of ``settings``: learning rate, weight decay, two betas,
-    epsilon.
-    """
-    for row in range(places.shape[0]):
-        n = places[row, 0]
-        first, last = max(start, 0), min(stop, n)
-        start, stop = start - n, stop - n
-        if first >= last:
-            continue
-        lr, decay, beta, beta_square = settings[row, 0], settings[row, 1], settings[row, 2], settings[row, 3]
-        step, eps = np.float64(_floats(places[row, 5], 1)[0]), _F(settings[row, 4])
-        kept, rate = _F(1 - lr * decay), _F(lr / (1 - beta**step))
-        new, new_square, known_square = _F(1 - beta), _F(1 - beta_square), _F(beta_square)
-        correction = _F(1 / np.sqrt(1 - beta_square**step))
-        values = _floats(places[row, 1], n)[first:last]
-        grads = _floats(places[row, 2], n)[first:last]
-        means = _floats(places[row, 3], n)[first:last]
-        squares = _floats(places[row, 4], n)[first:last]
-        for i in range(values.size):
-            grad = grads[i]
-            mean = means[i] + new * (grad - means[i])
-            square = known_square * squares[i] + new_square * grad * grad
-            means[i], squares[i] = mean, square
-            values[i] = kept * values[i] - rate * mean / (np.sqrt(square) * correction + eps)

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,21 @@ def check_compile(mode: object) -> None:
         raise InvalidArgumentError(f"compile={mode!r} is not known. Use one of: True, False, 'auto'.")
 
 
-def kernels(device: torch.device) -> ModuleType | None:
+class Loops(NamedTuple):
+    """Modules of compiled loops.
+
+    Attributes
+    ----------
+    counts, layers, optimizer
+        For the likelihood of counts, for hidden layers, and for the step of the optimiser.
+    """
+
+    counts: ModuleType
+    layers: ModuleType
+    optimizer: ModuleType
+
+
+def kernels(device: torch.device) -> Loops | None:
     """Return the compiled loops, if they are to be used on this device."""
     return loops() if device.type == "cpu" and _active.get() else None
 
@@ -86,29 +100,34 @@ def _threads(n: int) -> ThreadPoolExecutor:
 
 
 @cache
-def loops() -> ModuleType:
+def loops() -> Loops:
     """Load the compiled loops, or compile them, and say so."""
     with _lock:
-        from cellstill.nn import _kernels
+        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels
 
         kept = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
         if not any(kept.glob("_kernels.negative_binomial_rows-*.nbi")):
             _log.warning("Compiling the loops of the CPU: some seconds, once on this machine.")
-        _run_all(_kernels)
-        return _kernels
+        found = Loops(_kernels, _layer_kernels, _optimizer_kernels)
+        _run_all(found)
+        return found
 
 
-def _run_all(module: ModuleType) -> None:
+def _run_all(found: Loops) -> None:
     """Call every loop once, on next to nothing, which compiles it or loads it from disk."""
     one, row = np.ones(1, np.float32), np.ones((1, 1), np.float32)
     gene, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
-    module.negative_binomial_rows(
-        *(0, 1, row.copy(), one, one, row, row, np.zeros(1, np.int64), one, one, gene, starts),
+    found.counts.negative_binomial_rows(
+        *(0, 1, row.copy(), one, one, row, np.zeros(1, np.int64), one, one, gene, starts),
         *(one.copy(), one.copy(), row.copy(), one.copy()),
     )
-    module.order_by_column(one, gene, starts, 1)
-    module.order_by_column(one, gene.astype(np.int64), starts.astype(np.int64), 1)
-    module.drop(one, np.zeros(4, np.int16), 0, 1.0)
+    layers = found.layers
+    layers.order_by_column(one, gene, starts, 1)
+    layers.order_by_column(one, gene.astype(np.int64), starts.astype(np.int64), 1)
+    layers.drop(one, 0, 0, 1.0)
+    layers.normed_relu(0, 1, row, one, one, one, 1e-5, row.copy(), row.copy(), one.copy())
+    sums = (one.copy() for _ in range(3))
+    layers.normed_relu_backward(0, 1, row, row, row, one, one, row.copy(), *sums)
     nothing = np.empty((0, 6), np.int64)
-    module.count_steps(nothing)
-    module.adamw(0, 1, nothing, np.empty((0, 5)))
+    found.optimizer.count_steps(nothing)
+    found.optimizer.adamw(0, 1, nothing, np.empty((0, 5)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Entries, cells x genes, of a block of logits."""
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 class FusedLikelihood(Protocol):
@@ -24,7 +28,7 @@ class FusedLikelihood(Protocol):
         Log-likelihood of each cell, filled by :meth:`rows`.
     penalty
         What is taken from the total beside the likelihood, a scalar, filled by :meth:`rows`; its gradient is among
-        those of the logits.
+        those of the logits. ``None`` if there is nothing.
     weight_l2
         Weight of the squared ``weight`` of the layer, which is taken from the total.
     """
@@ -33,7 +37,7 @@ class FusedLikelihood(Protocol):
     n_vars: int
     weight: torch.Tensor
     value: torch.Tensor
-    penalty: torch.Tensor
+    penalty: torch.Tensor | None
     weight_l2: float
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
@@ -84,21 +88,26 @@ class _FusedOutput(torch.autograd.Function):
         *parameters: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        with torch.autocast(device, enabled=False):
+        precision, context = torch.float32, _NOTHING
+        if torch.is_autocast_enabled(device):
+            precision, context = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
+        with context:
             low, matrix = hidden.to(precision), weight.to(precision)
             grad_hidden, grad_weight = [], None
             step = max(1, _BLOCK.get(device, _BLOCK["cuda"]) // likelihood.n_vars)
             for start in range(0, likelihood.n_rows, step):
                 rows = slice(start, start + step)
-                logits = torch.mm(low[rows], matrix.t()).float()
+                features = low if step >= likelihood.n_rows else low[rows]
+                logits = torch.mm(features, matrix.t()).float()
                 likelihood.rows(logits, rows)
                 logits = logits.to(precision)
                 if recorded and ctx.needs_input_grad[0]:
                     grad_hidden.append(torch.mm(logits, matrix))
                 if recorded and ctx.needs_input_grad[1]:
-                    grad_weight = _add_product(grad_weight, logits.t(), low[rows])
-            total = likelihood.value @ likelihood.weight - likelihood.penalty
+                    grad_weight = _add_product(grad_weight, logits.t(), features)
+            total = torch.dot(likelihood.value, likelihood.weight)
+            if likelihood.penalty is not None:
+                total = total - likelihood.penalty
             if likelihood.weight_l2:
                 flat = weight.reshape(-1)
                 total = total - likelihood.weight_l2 * torch.dot(flat, flat)
@@ -117,10 +126,11 @@ class _FusedOutput(torch.autograd.Function):
             raise RuntimeError("The gradients of fused_output are computed once, and were already used.")
         # Left to autograd alone, which then need not copy them.
         grads, ctx.grads = ctx.grads, None
-        return tuple(
-            grad.mul_(outer[0]) if grad is not None and needed else None
-            for grad, needed in zip(grads, ctx.needs_input_grad, strict=True)
-        )
+        wanted = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True)]
+        # Where the total is a term of the loss as it is, no pass over the gradients is needed. Only a CPU can look.
+        if outer[0].device.type != "cpu" or outer[0].item() != 1.0:
+            wanted = [None if grad is None else grad.mul_(outer[0]) for grad in wanted]
+        return tuple(wanted)
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
 
+_NO_GROUP = np.empty(0, np.int64)
+
 _CACHED = 1 << 18
 """Entries over which torch's operations stay in the cache of a core."""
 
@@ -72,36 +74,32 @@ def negative_binomial_output(
     _check_shape("weight", weight, (n_vars, weight.shape[1]))
     _check_shape("bias", bias, (n_vars,))
     _check_shape("log_size", log_size, (n,))
-    theta = theta if theta.ndim == 2 else theta[None]
-    if group is None:
-        _check_shape("theta", theta, (1, n_vars))
-        group = torch.zeros(n, dtype=torch.int64, device=hidden.device)
-    else:
-        _check_shape("theta", theta, (len(theta), n_vars))
+    n_groups = len(theta) if theta.ndim == 2 and group is not None else 1
+    _check_shape("theta", theta, (n_vars,) if theta.ndim == 1 else (n_groups, n_vars))
+    if group is not None:
         _check_shape("group", group, (n,))
-    likelihood = _Softmax(
-        _Cells(
-            x,
-            log_size.detach().exp(),
-            group,
-            torch.ones_like(log_size) if cell_weight is None else cell_weight,
-            torch.empty_like(log_size, requires_grad=False),
-            torch.empty_like(log_size, requires_grad=False),
-        ),
-        _Genes(bias.detach(), theta.detach().contiguous(), torch.zeros_like(bias), torch.zeros_like(theta)),
+    cells = _Cells(
+        x,
+        log_size.detach(),
+        group,
+        log_size.new_ones(n) if cell_weight is None else cell_weight.detach(),
+        torch.empty_like(log_size, requires_grad=False),
+        torch.empty_like(log_size, requires_grad=False),
     )
-    return fused_output(hidden, weight, likelihood, (bias, log_size, theta))
+    return fused_output(hidden, weight, _Softmax(cells, bias.detach(), theta.detach()), (bias, log_size, theta))
 
 
 class _Softmax:
     """The likelihood as :func:`~cellstill.nn.fused.fused_output` asks for it."""
 
+    penalty = None
     weight_l2 = 0.0
 
-    def __init__(self, cells: _Cells, genes: _Genes) -> None:
-        self.cells, self.genes = cells, genes
+    def __init__(self, cells: _Cells, bias: torch.Tensor, theta: torch.Tensor) -> None:
+        self.cells = cells
+        self.genes = _Genes(bias, theta.reshape(-1, cells.x.n_vars), torch.zeros_like(bias), torch.zeros_like(theta))
         self.n_rows, self.n_vars = cells.x.n_rows, cells.x.n_vars
-        self.weight, self.value, self.penalty = cells.weight, cells.value, cells.value.new_zeros(())
+        self.weight, self.value = cells.weight, cells.value
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         """Turn the logits of some cells into their gradient."""
@@ -117,8 +115,8 @@ class _Cells(NamedTuple):
     """What belongs to the cells of a block; the last two are filled."""
 
     x: CSRRows
-    size: torch.Tensor
-    group: torch.Tensor
+    log_size: torch.Tensor
+    group: torch.Tensor | None
     weight: torch.Tensor
     value: torch.Tensor
     grad_size: torch.Tensor
@@ -126,7 +124,7 @@ class _Cells(NamedTuple):
     def of(self, rows: slice) -> _Cells:
         if rows.start == 0 and rows.stop >= self.x.n_rows:
             return self
-        return _Cells(self.x.rows(rows), *(part[rows] for part in self[1:]))
+        return _Cells(self.x.rows(rows), *(None if part is None else part[rows] for part in self[1:]))
 
 
 class _Genes(NamedTuple):
@@ -142,23 +140,22 @@ def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     """Turn logits into their gradient, with the compiled loops."""
     loops = kernels(logits.device)
     assert loops is not None
-    inverse = genes.theta.reciprocal().numpy()
-    bias, theta = genes.bias.numpy(), genes.theta.contiguous().numpy()
-    size, weight, group = cells.size.detach().numpy(), cells.weight.detach().numpy(), cells.group.numpy()
-    counts = cells.x.data.numpy(), cells.x.indices.int().numpy(), cells.x.indptr.int().numpy()
-    filled = cells.value.numpy(), cells.grad_size.numpy()
-    values = logits.numpy()
+    negative_binomial_rows = loops.counts.negative_binomial_rows
+    x, theta = cells.x, genes.theta.numpy()
+    group = _NO_GROUP if cells.group is None else cells.group.numpy()
+    arrays = (
+        *(logits.numpy(), genes.bias.numpy(), cells.log_size.numpy(), theta, group, cells.weight.numpy()),
+        *(x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()),
+        *(cells.value.numpy(), cells.grad_size.numpy()),
+    )
 
     def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros(theta.shape, np.float32), np.zeros(bias.shape, np.float32)
-        loops.negative_binomial_rows(
-            *(start, stop, values, bias, size, theta, inverse, group, weight, *counts, *filled),
-            *sums,
-        )
+        sums = np.zeros(theta.shape, np.float32), np.zeros(theta.shape[1], np.float32)
+        negative_binomial_rows(start, stop, *arrays, *sums)
         return sums
 
     for grad_theta, grad_bias in share_out(share, len(logits), logits.numel()):
-        genes.grad_theta.add_(torch.from_numpy(grad_theta))
+        genes.grad_theta.view(theta.shape).add_(torch.from_numpy(grad_theta))
         genes.grad_bias.add_(torch.from_numpy(grad_bias))
 
 
@@ -171,38 +168,38 @@ def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
 
 
 def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
-    x, weight = cells.x, cells.weight[:, None]
-    one_group = len(genes.theta) == 1
-    theta = genes.theta if one_group else genes.theta[cells.group]
+    x, weight, size = cells.x, cells.weight[:, None], cells.log_size.exp()
+    group, grad_theta = cells.group if len(genes.theta) > 1 else None, genes.grad_theta.view(genes.theta.shape)
+    theta = genes.theta if group is None else genes.theta[group]
     logits += genes.bias
-    means = torch.softmax(logits, dim=1).mul_(cells.size[:, None])
+    means = torch.softmax(logits, dim=1).mul_(size[:, None])
     share = means / theta
     at_zero = torch.log1p(share)
     share /= 1 + share
-    cells.value.copy_((at_zero @ theta[0] if one_group else (at_zero * theta).sum(dim=1)).neg_())
+    cells.value.copy_((at_zero @ theta[0] if group is None else (at_zero * theta).sum(dim=1)).neg_())
     grads = torch.mul(share, theta, out=logits).neg_()
     share -= at_zero
-    if one_group:
-        genes.grad_theta[0].add_(cells.weight @ share)
+    if group is None:
+        grad_theta[0].add_(cells.weight @ share)
     else:
-        genes.grad_theta.index_add_(0, cells.group, share.mul_(weight))
+        grad_theta.index_add_(0, group, share.mul_(weight))
 
     rows = x.row_of_nonzeros()
     where = torch.add(x.indices, rows, alpha=x.n_vars)
-    grouped = x.indices if one_group else torch.add(x.indices, cells.group.index_select(0, rows), alpha=x.n_vars)
-    theta_at, mean_at = genes.theta.view(-1).index_select(0, grouped), means.view(-1).index_select(0, where)
+    grouped = x.indices if group is None else torch.add(x.indices, group.index_select(0, rows), alpha=x.n_vars)
+    theta_at, mean_at = genes.theta.reshape(-1).index_select(0, grouped), means.view(-1).index_select(0, where)
     spread = 1 / (theta_at + mean_at)
     value = log_rising_factorial(x.data, theta_at).sub_(torch.lgamma(x.data + 1))
     cells.value.add_(x.sum_rows(value.addcmul_(x.data, (mean_at * spread).log_())))
     rest = spread.mul_(x.data)
     grads.view(-1).index_add_(0, where, rest * theta_at)
     at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(cells.weight.index_select(0, rows))
-    genes.grad_theta.view(-1).index_add_(0, grouped, at_theta)
+    grad_theta.view(-1).index_add_(0, grouped, at_theta)
 
     common = grads.sum(dim=1)
     cells.grad_size.copy_(common * cells.weight)
     # The sum over all genes goes back through the normalisation.
-    grads.addcmul_(means, (common / cells.size)[:, None], value=-1)
+    grads.addcmul_(means, (common / size)[:, None], value=-1)
     grads *= weight
     genes.grad_bias.add_(grads.sum(dim=0))
 

@@ -63,5 +63,5 @@ def _columns(x: CSRRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         columns = sp.csr_matrix(arrays, shape=(x.n_rows, x.n_vars)).tocsc()
         ordered = (columns.data, columns.indices, columns.indptr)
     else:
-        ordered = loops.order_by_column(*arrays, x.n_vars)
+        ordered = loops.layers.order_by_column(*arrays, x.n_vars)
     return tuple(torch.from_numpy(part).to(x.data.device) for part in ordered)  # type: ignore[return-value]

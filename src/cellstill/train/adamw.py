@@ -31,22 +31,26 @@ class CompiledAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             own = (group["lr"], group["weight_decay"], *group["betas"], group["eps"])
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                gradients.append(parameter.grad.contiguous())
-                tensors = (parameter, gradients[-1], state["exp_avg"], state["exp_avg_sq"], state["step"])
+                gradients.append(gradient := gradient.contiguous())
+                tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"])
                 places.append((parameter.numel(), *[tensor.data_ptr() for tensor in tensors]))
                 settings.append(own)
         if places:
-            arrays = np.array(places, np.int64), np.array(settings, np.float64)
-            loops().count_steps(arrays[0])
+            optimizer, arrays = loops().optimizer, (np.array(places, np.int64), np.array(settings, np.float64))
+            optimizer.count_steps(arrays[0])
             n_values = int(arrays[0][:, 0].sum())
-            share_out(lambda start, stop: loops().adamw(start, stop, *arrays), n_values, n_values)
+            share_out(lambda start, stop: optimizer.adamw(start, stop, *arrays), n_values, n_values)
         return loss
+
+    # Of torch's wrapper, which profiles steps and costs as much as a small one; hooks of steps come with it.
+    step.hooked = True  # type: ignore[attr-defined]
 
 
 def fits(parameter: torch.Tensor) -> bool:

@@ -119,7 +119,9 @@ class Loop:
 
     def forward(self, batch: Batch) -> Loss:
         """Loss of a training minibatch, after clearing the gradients."""
-        self.optimizer.zero_grad()
+        # What zero_grad does, without its profiling.
+        for parameter in self._parameters:
+            parameter.grad = None
         with self.autocast():
             return self.plan.evaluate(batch, self.step)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from cellstill.nn.dropout import drop
 from cellstill.nn.layers import SparseLinear
+from cellstill.nn.norm import normed_relu
 from cellstill.nn.sparse import CSRRows
 
 
@@ -65,9 +66,9 @@ class Trunk(nn.Module):
         if self.dense is not None and dense is not None:
             parts.append(self.dense(nn.functional.dropout(dense, self.dropout, self.training)))
         parts += [shift.index_select(0, codes[column]) for column, shift in zip(self.columns, self.shifts, strict=True)]
-        features = torch.relu(self.norms[0](sum(parts[1:], start=parts[0])))
+        features = normed_relu(sum(parts[1:], start=parts[0]), self.norms[0])
         for layer, norm in zip(self.hidden, self.norms[1:], strict=True):
-            features = torch.relu(norm(layer(nn.functional.dropout(features, self.dropout, self.training))))
+            features = normed_relu(layer(nn.functional.dropout(features, self.dropout, self.training)), norm)
         return features
 
 

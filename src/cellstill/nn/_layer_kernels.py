@@ -1,0 +1,99 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Compiled loops of the CPU for hidden layers, as in `_kernels`: what stands between two matrix products."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cellstill.nn._kernels import _F, _compile
+
+# Of splitmix64 (Steele, Lea & Flood 2014): the step from one word to the next, and the two multipliers.
+_STEP, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+@_compile
+def normed_relu(start, stop, x, bias, scale, shift, eps, out, standard, inverse):
+    """``relu(LayerNorm(x + bias))`` of the rows ``start`` to ``stop``; ``bias`` may be empty.
+
+    ``standard`` gets the standardised rows, ``inverse`` one over their standard deviations.
+    """
+    n = x.shape[1]
+    for i in range(start, stop):
+        total, squares = _F(0), _F(0)
+        row, result = standard[i], out[i]
+        if bias.size:
+            for j in range(n):
+                row[j] = x[i, j] + bias[j]
+        else:
+            for j in range(n):
+                row[j] = x[i, j]
+        for j in range(n):
+            total += row[j]
+        mean = total / _F(n)
+        for j in range(n):
+            row[j] -= mean
+            squares += row[j] * row[j]
+        own = _F(1) / np.sqrt(squares / _F(n) + _F(eps))
+        inverse[i] = own
+        for j in range(n):
+            row[j] *= own
+            value = row[j] * scale[j] + shift[j]
+            # What is not a number stays so.
+            result[j] = _F(0) if value <= _F(0) else value
+
+
+@_compile
+def normed_relu_backward(start, stop, grad, out, standard, inverse, scale, grad_x, grad_scale, grad_shift, grad_bias):
+    """Gradients of :func:`normed_relu`: ``grad_x`` is filled, the last three are added to."""
+    n = grad.shape[1]
+    for i in range(start, stop):
+        row, own = standard[i], grad_x[i]
+        total, along = _F(0), _F(0)
+        for j in range(n):
+            outer = _F(0) if out[i, j] <= _F(0) else grad[i, j]
+            grad_shift[j] += outer
+            grad_scale[j] += outer * row[j]
+            own[j] = outer * scale[j]
+            total += own[j]
+            along += own[j] * row[j]
+        total /= _F(n)
+        along /= _F(n)
+        for j in range(n):
+            value = (own[j] - total - row[j] * along) * inverse[i]
+            own[j] = value
+            grad_bias[j] += value
+
+
+@_compile
+def order_by_column(data, indices, indptr, n_vars):
+    """Order the non-zeros of CSR rows by column: values, rows, and where each column begins."""
+    values, rows = np.empty_like(data), np.empty_like(indices)
+    # Counts two places on; summed, one place on is where the next non-zero of a column goes.
+    starts = np.zeros(n_vars + 2, indptr.dtype)
+    for k in range(indices.size):
+        starts[indices[k] + 2] += 1
+    for j in range(2, starts.size):
+        starts[j] += starts[j - 1]
+    for i in range(indptr.size - 1):
+        for k in range(indptr[i], indptr[i + 1]):
+            place = starts[indices[k] + 1]
+            starts[indices[k] + 1] = place + 1
+            rows[place], values[place] = i, data[k]
+    return values, rows, starts[:-1]
+
+
+@_compile
+def drop(values, seed, lowest, scale):
+    """Values times ``scale``, and zeros where 16 random bits are below ``lowest``: four draws from each word."""
+    out, kept = np.empty_like(values), _F(scale)
+    word = np.uint64(seed)
+    for k in range(values.size):
+        lane = np.uint64(k & 3)
+        if lane == 0:
+            word += _STEP
+            bits = (word ^ (word >> np.uint64(30))) * _FIRST
+            bits = (bits ^ (bits >> np.uint64(27))) * _SECOND
+            bits ^= bits >> np.uint64(31)
+        draw = np.int16(bits >> (lane << np.uint64(4)))
+        out[k] = values[k] * (kept if draw >= lowest else _F(0))
+    return out
