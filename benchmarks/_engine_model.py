@@ -51,19 +51,21 @@ class VAE(nn.Module):
     def loss(self, batch: Mapping[str, torch.Tensor], kl_weight: float = 1.0) -> Loss:
         """Negative evidence lower bound."""
         counts = CSRRows.of(batch, self.n_vars)
-        mean, log_variance = self.posterior(counts)
-        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-        hidden, output = self.decoder.features(z), self.decoder.output
-        log_size, theta = counts.library_size().log(), self.log_theta.exp()
+        n, (mean, log_variance) = counts.n_rows, self.posterior(counts)
+        deviation = (0.5 * log_variance).exp()
+        z = torch.addcmul(mean, deviation, torch.randn_like(mean))
+        kl = 0.5 * (mean.square() + deviation.square() - log_variance).sum() - 0.5 * mean.numel()
+        hidden, output, theta = self.decoder.features(z), self.decoder.output, self.log_theta.exp()
         if self.dense:
+            log_size = counts.library_size().log()
             value = dense_log_likelihood(counts.to_dense(), output(hidden), log_size, theta)
-            total, value = value.sum(), value.detach()
+            total, value = -value.mean(), value.detach()
         else:
-            total, value = negative_binomial_output(hidden, output.weight, output.bias, counts, log_size, theta)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1)
-        n = counts.n_rows
-        terms = {"reconstruction": -value.sum(), "kl": kl.detach().sum()}
-        return Loss((kl_weight * kl.sum() - total) / n, kl_weight * kl.detach() - value, n, terms)
+            total, value = negative_binomial_output(
+                hidden, output.weight, output.bias, counts, None, theta, scale=-1 / n
+            )
+        terms = {"reconstruction": n * total.detach(), "kl": kl.detach()}
+        return Loss(total + kl_weight / n * kl, value, n, terms)
 
 
 def dense_log_likelihood(

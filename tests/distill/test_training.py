@@ -75,12 +75,13 @@ def test_a_checkpoint_is_not_overwritten_nor_taken_for_another_run(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"compile": True}, {"precision": "bf16-mixed"}], ids=["compiled", "bfloat16_products"]
 )
-def test_other_arithmetic_ends_near_the_same_losses(whole, settings):
-    other = train(**settings)
-    for phase, frame in whole.history.items():
+def test_other_arithmetic_ends_near_the_same_losses(settings):
+    # Without validation: two epochs of nearly equal losses would leave it to rounding which weights are kept.
+    plain, other = (train(train_size=1.0, **each) for each in ({}, settings))
+    for phase, frame in plain.history.items():
         bound = 1e-4 if "compile" in settings else 0.01
         np.testing.assert_allclose(other.history[phase]["train_loss"], frame["train_loss"], rtol=bound, err_msg=phase)
-    agreement = np.corrcoef(other.latent.student.ravel(), whole.latent.student.ravel())[0, 1]
+    agreement = np.corrcoef(other.latent.student.ravel(), plain.latent.student.ravel())[0, 1]
     assert agreement > 0.999
 
 

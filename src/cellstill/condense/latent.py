@@ -131,17 +131,20 @@ class Autoencoder(nn.Module):
             taught = (self.knowledge(z) - batch["told"]).square().mean(dim=1)
             each = each + config.knowledge_weight * taught
             terms["knowledge"] = taught.detach().sum()
-        return Loss(each.mean() - total / (n * self.n_vars), each.detach() - value / self.n_vars, n, terms)
+        return Loss(each.mean() + total, each.detach() - value / self.n_vars, n, terms)
 
     def count_loss(self, z: torch.Tensor, counts: CSRRows) -> torch.Tensor:
         """Negative log-likelihood of counts given standardised z, mean over cells and genes."""
-        total, _ = self._likelihood(self._hidden(z), counts)
-        return -total / (counts.n_rows * self.n_vars)
+        return self._likelihood(self._hidden(z), counts)[0]
 
     def _likelihood(self, hidden: torch.Tensor, counts: CSRRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-likelihood, mean over cells and genes, and the log-likelihood of each cell."""
         # A cell may lack all of the chosen genes.
         output, log_size = self.decoder.output, counts.library_size().clamp(min=1).log()
-        return negative_binomial_output(hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp())
+        return negative_binomial_output(
+            *(hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp()),
+            scale=-1 / (counts.n_rows * self.n_vars),
+        )
 
     def _hidden(self, z: torch.Tensor) -> torch.Tensor:
         return self.decoder.features(z * self.scale + self.center)

@@ -120,12 +120,11 @@ class Decoder(nn.Module):
         counts = CSRRows.of(batch, self.n_vars)
         hidden = self.network.features(torch.cat([batch["z"], batch_vectors, batch["covariates"]], dim=1))
         output = self.network.output
-        log_size = counts.library_size().log()
-        total, value = negative_binomial_output(
-            hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp()
-        )
         n = counts.n_rows
-        return Loss(-total / (n * self.n_vars), -value / self.n_vars, n)
+        total, value = negative_binomial_output(
+            *(hidden, output.weight, output.bias, counts, None, self.log_theta.exp()), scale=-1 / (n * self.n_vars)
+        )
+        return Loss(total, value, n)
 
 
 class NewBatches(nn.Module):

@@ -171,6 +171,7 @@ def negative_binomial_rows(
     theta,
     group,
     weight,
+    scale,
     data,
     indices,
     indptr,
@@ -179,23 +180,26 @@ def negative_binomial_rows(
     grad_theta,
     grad_bias,
 ):
-    """Log-likelihood of the cells ``start`` to ``stop``, and its gradients times each cell's weight.
+    """Log-likelihood of the cells ``start`` to ``stop``, and its gradients times each cell's weight and ``scale``.
 
-    ``logits`` become their own gradient; ``group`` may be empty. ``grad_theta``, of the shape of ``theta``, and
-    ``grad_bias`` are added to; ``value`` and ``grad_size``, the derivative in the logarithm of the size, are filled.
+    ``logits`` become their own gradient. ``log_size`` may be empty, for sizes that are the totals of the counts; so may
+    ``group`` and ``weight``. ``grad_theta``, of the shape of ``theta``, and ``grad_bias`` are added to; ``value`` and
+    ``grad_size``, the derivative in the logarithm of the size, are filled. Returns the weighted sum.
     """
-    n_vars = logits.shape[1]
+    n_vars, summed = logits.shape[1], 0.0
     grads = np.empty(n_vars, np.float32)
     means, thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     grad_means, grad_thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     inverse_theta = _F(1) / theta
     for i in range(start, stop):
         at = group[i] if group.size else 0
-        row, own, grad_own, w, size = logits[i], theta[at], grad_theta[at], weight[i], np.exp(log_size[i])
-        total, common = _zeros(row, size / _softmax(row, bias), own, inverse_theta[at], w, grads, grad_own)
-
+        row, own, grad_own = logits[i], theta[at], grad_theta[at]
+        w = scale * weight[i] if weight.size else scale
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
         genes, counts = indices[first : first + n_counts], data[first : first + n_counts]
+        size = np.exp(log_size[i]) if log_size.size else counts.sum()
+        total, common = _zeros(row, size / _softmax(row, bias), own, inverse_theta[at], w, grads, grad_own)
+
         for k in range(n_counts):
             means[k], thetas[k] = row[genes[k]], own[genes[k]]
         total += _nonzeros(counts, means, thetas, grad_means, grad_thetas)
@@ -205,9 +209,11 @@ def negative_binomial_rows(
             grad_own[genes[k]] += w * grad_thetas[k]
 
         value[i], grad_size[i] = total, w * common
+        summed += np.float64(w * total)
         # The sum over all genes goes back through the normalisation.
         common /= size
         for j in range(n_vars):
             grad = w * (grads[j] - row[j] * common)
             row[j] = grad
             grad_bias[j] += grad
+    return summed

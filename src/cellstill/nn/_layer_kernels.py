@@ -12,27 +12,24 @@ _STEP, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4
 
 
 @_compile
-def normed_relu(start, stop, x, bias, scale, shift, eps, out, standard, inverse):
-    """``relu(LayerNorm(x + bias))`` of the rows ``start`` to ``stop``; ``bias`` may be empty.
+def normed_relu(start, stop, bias, scale, shift, eps, rows, out, inverse):
+    """``relu(LayerNorm(rows + bias))`` of the rows ``start`` to ``stop``, which are standardised in place.
 
-    ``standard`` gets the standardised rows, ``inverse`` one over their standard deviations.
+    ``inverse`` gets one over their standard deviations.
     """
-    n = x.shape[1]
+    n = rows.shape[1]
     for i in range(start, stop):
         total, squares = _F(0), _F(0)
-        row, result = standard[i], out[i]
-        if bias.size:
-            for j in range(n):
-                row[j] = x[i, j] + bias[j]
-        else:
-            for j in range(n):
-                row[j] = x[i, j]
+        row, result = rows[i], out[i]
         for j in range(n):
-            total += row[j]
+            value = row[j] + bias[j]
+            row[j] = value
+            total += value
         mean = total / _F(n)
         for j in range(n):
-            row[j] -= mean
-            squares += row[j] * row[j]
+            value = row[j] - mean
+            row[j] = value
+            squares += value * value
         own = _F(1) / np.sqrt(squares / _F(n) + _F(eps))
         inverse[i] = own
         for j in range(n):
@@ -43,11 +40,15 @@ def normed_relu(start, stop, x, bias, scale, shift, eps, out, standard, inverse)
 
 
 @_compile
-def normed_relu_backward(start, stop, grad, out, standard, inverse, scale, grad_x, grad_scale, grad_shift, grad_bias):
-    """Gradients of :func:`normed_relu`: ``grad_x`` is filled, the last three are added to."""
+def normed_relu_backward(start, stop, grad, scale, out, standard, inverse, grad_rows, sums):
+    """Gradients of :func:`normed_relu`: ``grad_rows`` is filled; those of scale, shift and bias are added to ``sums``.
+
+    ``out`` and ``standard`` are what that function has made of its rows.
+    """
     n = grad.shape[1]
+    grad_scale, grad_shift, grad_bias = sums[0], sums[1], sums[2]
     for i in range(start, stop):
-        row, own = standard[i], grad_x[i]
+        row, own = standard[i], grad_rows[i]
         total, along = _F(0), _F(0)
         for j in range(n):
             outer = _F(0) if out[i, j] <= _F(0) else grad[i, j]
@@ -83,17 +84,21 @@ def order_by_column(data, indices, indptr, n_vars):
 
 
 @_compile
+def _random_words(seed, n):
+    words = np.empty(n, np.uint64)
+    for k in range(n):
+        word = np.uint64(seed) + np.uint64(k + 1) * _STEP
+        word = (word ^ (word >> np.uint64(30))) * _FIRST
+        word = (word ^ (word >> np.uint64(27))) * _SECOND
+        words[k] = word ^ (word >> np.uint64(31))
+    return words
+
+
+@_compile
 def drop(values, seed, lowest, scale):
     """Values times ``scale``, and zeros where 16 random bits are below ``lowest``: four draws from each word."""
+    bits = _random_words(seed, (values.size + 3) // 4).view(np.int16)
     out, kept = np.empty_like(values), _F(scale)
-    word = np.uint64(seed)
     for k in range(values.size):
-        lane = np.uint64(k & 3)
-        if lane == 0:
-            word += _STEP
-            bits = (word ^ (word >> np.uint64(30))) * _FIRST
-            bits = (bits ^ (bits >> np.uint64(27))) * _SECOND
-            bits ^= bits >> np.uint64(31)
-        draw = np.int16(bits >> (lane << np.uint64(4)))
-        out[k] = values[k] * (kept if draw >= lowest else _F(0))
+        out[k] = values[k] * (kept if bits[k] >= lowest else _F(0))
     return out

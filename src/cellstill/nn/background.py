@@ -203,6 +203,9 @@ class _Background:
             self.scaling.gradient(),
         )
 
+    def total(self) -> torch.Tensor:
+        return torch.dot(self.value, self.weight) - self.penalty
+
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         penalised = 0 if self.native_penalty is None else min(self.native_penalty.n_cells - rows.start, len(logits))
         if penalised > 0:

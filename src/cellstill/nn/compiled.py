@@ -118,16 +118,15 @@ def _run_all(found: Loops) -> None:
     one, row = np.ones(1, np.float32), np.ones((1, 1), np.float32)
     gene, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
     found.counts.negative_binomial_rows(
-        *(0, 1, row.copy(), one, one, row, np.zeros(1, np.int64), one, one, gene, starts),
+        *(0, 1, row.copy(), one, one, row, np.zeros(1, np.int64), one, np.float32(1), one, gene, starts),
         *(one.copy(), one.copy(), row.copy(), one.copy()),
     )
     layers = found.layers
     layers.order_by_column(one, gene, starts, 1)
     layers.order_by_column(one, gene.astype(np.int64), starts.astype(np.int64), 1)
     layers.drop(one, 0, 0, 1.0)
-    layers.normed_relu(0, 1, row, one, one, one, 1e-5, row.copy(), row.copy(), one.copy())
-    sums = (one.copy() for _ in range(3))
-    layers.normed_relu_backward(0, 1, row, row, row, one, one, row.copy(), *sums)
+    layers.normed_relu(0, 1, one, one, one, 1e-5, row.copy(), row.copy(), one.copy())
+    layers.normed_relu_backward(0, 1, row, one, row, row, one, row.copy(), np.zeros((3, 1), np.float32))
     nothing = np.empty((0, 6), np.int64)
     found.optimizer.count_steps(nothing)
     found.optimizer.adamw(0, 1, nothing, np.empty((0, 5)))

@@ -22,26 +22,23 @@ class FusedLikelihood(Protocol):
     ----------
     n_rows, n_vars
         Cells and genes.
-    weight
-        Weight of each cell in the total, shape ``(n,)``.
     value
         Log-likelihood of each cell, filled by :meth:`rows`.
-    penalty
-        What is taken from the total beside the likelihood, a scalar, filled by :meth:`rows`; its gradient is among
-        those of the logits. ``None`` if there is nothing.
     weight_l2
         Weight of the squared ``weight`` of the layer, which is taken from the total.
     """
 
     n_rows: int
     n_vars: int
-    weight: torch.Tensor
     value: torch.Tensor
-    penalty: torch.Tensor | None
     weight_l2: float
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         """Turn the logits of some cells, float32, into their gradient; add to the gradients of the parameters."""
+        ...
+
+    def total(self) -> torch.Tensor:
+        """What the gradients are of, but for ``weight_l2``: a scalar, once all rows are done."""
         ...
 
     def gradients(self) -> Sequence[torch.Tensor | None]:
@@ -69,7 +66,7 @@ def fused_output(
 
     Returns
     -------
-    Weighted sum over cells, less the penalties, differentiable in ``hidden``, ``weight`` and ``parameters``, and the
+    The total of ``likelihood``, less the penalty of ``weight``, differentiable in ``hidden``, ``weight`` and ``parameters``, and the
     log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
     (autocast).
     """
@@ -105,9 +102,7 @@ class _FusedOutput(torch.autograd.Function):
                     grad_hidden.append(torch.mm(logits, matrix))
                 if recorded and ctx.needs_input_grad[1]:
                     grad_weight = _add_product(grad_weight, logits.t(), features)
-            total = torch.dot(likelihood.value, likelihood.weight)
-            if likelihood.penalty is not None:
-                total = total - likelihood.penalty
+            total = likelihood.total()
             if likelihood.weight_l2:
                 flat = weight.reshape(-1)
                 total = total - likelihood.weight_l2 * torch.dot(flat, flat)

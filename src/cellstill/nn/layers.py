@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cellstill.nn.dropout import drop
-from cellstill.nn.norm import normed_relu
+from cellstill.nn.hidden import hidden_layer
 from cellstill.nn.product import sparse_pays, sparse_product
 from cellstill.nn.sparse import CSRRows
 
@@ -37,13 +37,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: CSRRows) -> torch.Tensor:
         """Map rows, ``(n, n_in)``, to ``(n, n_out)``."""
-        return self.product(x) + self.bias
-
-    def product(self, x: CSRRows) -> torch.Tensor:
-        """``x W`` alone."""
         if sparse_pays(x, self.weight):
-            return sparse_product(x, self.weight)
-        return torch.mm(x.to_dense(), self.weight)
+            return sparse_product(x, self.weight) + self.bias
+        return torch.addmm(self.bias, x.to_dense(), self.weight)
 
 
 Masks = Sequence[torch.Tensor]
@@ -95,8 +91,7 @@ class MLP(nn.Module):
         """Return what the output layer sees, shape ``(n, sizes[-2])``."""
         for i, (linear, norm) in enumerate(zip(self.hidden, self.norms, strict=True)):
             x = self._drop(x, self.dropout[i], None if masks is None else masks[i])
-            product = linear.product(x) if isinstance(x, CSRRows) else nn.functional.linear(x, linear.weight)
-            x = normed_relu(product, norm, linear.bias)
+            x = hidden_layer(x, linear, norm)
         assert isinstance(x, torch.Tensor)
         return x
 

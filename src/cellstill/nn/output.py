@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.compiled import Loops, kernels, share_out
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
 
-_NO_GROUP = np.empty(0, np.int64)
+_ABSENT = np.empty(0, np.float32), np.empty(0, np.int64), np.empty(0, np.float32)
 
 _CACHED = 1 << 18
 """Entries over which torch's operations stay in the cache of a core."""
@@ -24,11 +24,12 @@ def negative_binomial_output(
     weight: torch.Tensor,
     bias: torch.Tensor,
     x: CSRRows,
-    log_size: torch.Tensor,
+    log_size: torch.Tensor | None,
     theta: torch.Tensor,
     *,
     group: torch.Tensor | None = None,
     cell_weight: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Negative binomial log-likelihood of counts, whose means are a linear layer of ``hidden``.
 
@@ -46,17 +47,21 @@ def negative_binomial_output(
     x
         Counts, ``n`` rows.
     log_size
-        Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: the expected library size.
+        Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: the expected library size. ``None`` takes the
+        total of the counts.
     theta
         Inverse dispersion, shape ``(n_vars,)``, or ``(n_groups, n_vars)`` with ``group``. Larger is closer to Poisson.
     group
         Row of ``theta`` for each cell, integers of shape ``(n,)``.
     cell_weight
         Weight of each cell in the total, shape ``(n,)``, not differentiated; ``None`` weighs all by 1.
+    scale
+        Factor of the total. With ``-1 / n`` it is a mean to minimise; as a term of the loss it then needs no further
+        pass over the gradients.
 
     Returns
     -------
-    Weighted sum over cells, differentiable in ``hidden``, ``weight``, ``bias``, ``log_size`` and ``theta``; and the
+    Weighted sum over cells times ``scale``, differentiable in ``hidden``, ``weight``, ``bias``, ``log_size`` and ``theta``; and the
     log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
     (autocast).
 
@@ -73,51 +78,66 @@ def negative_binomial_output(
     _check_shape("hidden", hidden, (n, weight.shape[1]))
     _check_shape("weight", weight, (n_vars, weight.shape[1]))
     _check_shape("bias", bias, (n_vars,))
-    _check_shape("log_size", log_size, (n,))
     n_groups = len(theta) if theta.ndim == 2 and group is not None else 1
     _check_shape("theta", theta, (n_vars,) if theta.ndim == 1 else (n_groups, n_vars))
-    if group is not None:
-        _check_shape("group", group, (n,))
-    cells = _Cells(
-        x,
-        log_size.detach(),
-        group,
-        log_size.new_ones(n) if cell_weight is None else cell_weight.detach(),
-        torch.empty_like(log_size, requires_grad=False),
-        torch.empty_like(log_size, requires_grad=False),
-    )
-    return fused_output(hidden, weight, _Softmax(cells, bias.detach(), theta.detach()), (bias, log_size, theta))
+    for name, per_cell in (("log_size", log_size), ("group", group), ("cell_weight", cell_weight)):
+        if per_cell is not None:
+            _check_shape(name, per_cell, (n,))
+    likelihood = _Softmax(x, bias, log_size, theta, group, cell_weight, scale)
+    return fused_output(hidden, weight, likelihood, (bias, log_size, theta))
 
 
 class _Softmax:
     """The likelihood as :func:`~cellstill.nn.fused.fused_output` asks for it."""
 
-    penalty = None
     weight_l2 = 0.0
 
-    def __init__(self, cells: _Cells, bias: torch.Tensor, theta: torch.Tensor) -> None:
-        self.cells = cells
-        self.genes = _Genes(bias, theta.reshape(-1, cells.x.n_vars), torch.zeros_like(bias), torch.zeros_like(theta))
-        self.n_rows, self.n_vars = cells.x.n_rows, cells.x.n_vars
-        self.weight, self.value = cells.weight, cells.value
+    def __init__(
+        self,
+        x: CSRRows,
+        bias: torch.Tensor,
+        log_size: torch.Tensor | None,
+        theta: torch.Tensor,
+        group: torch.Tensor | None,
+        cell_weight: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        self.n_rows, self.n_vars, self.scale, self.summed = x.n_rows, x.n_vars, scale, 0.0
+        self.value = torch.empty(x.n_rows, device=bias.device)
+        per_cell = [None if part is None else part.detach() for part in (log_size, group, cell_weight)]
+        self.cells = _Cells(x, *per_cell, self.value, torch.empty_like(self.value))
+        self.genes = _Genes(
+            *(bias.detach(), theta.detach().reshape(-1, x.n_vars), torch.zeros_like(bias), torch.zeros_like(theta))
+        )
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         """Turn the logits of some cells into their gradient."""
-        block = _rows_torch if kernels(logits.device) is None else _rows_kernel
-        block(logits, self.cells.of(rows), self.genes)
+        loops, cells = kernels(logits.device), self.cells.of(rows)
+        if loops is None:
+            _rows_torch(logits, cells, self.genes, self.scale)
+        else:
+            self.summed += _rows_compiled(loops, logits, cells, self.genes, self.scale)
 
-    def gradients(self) -> tuple[torch.Tensor, ...]:
+    def total(self) -> torch.Tensor:
+        """Weighted sum of the log-likelihoods."""
+        if kernels(self.value.device) is not None:
+            return torch.tensor(self.summed)
+        weight = self.cells.weight
+        return (self.value.sum() if weight is None else self.value @ weight) * self.scale
+
+    def gradients(self) -> tuple[torch.Tensor | None, ...]:
         """Of bias, log size and theta."""
-        return self.genes.grad_bias, self.cells.grad_size, self.genes.grad_theta
+        of_size = None if self.cells.log_size is None else self.cells.grad_size
+        return self.genes.grad_bias, of_size, self.genes.grad_theta
 
 
 class _Cells(NamedTuple):
     """What belongs to the cells of a block; the last two are filled."""
 
     x: CSRRows
-    log_size: torch.Tensor
+    log_size: torch.Tensor | None
     group: torch.Tensor | None
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     value: torch.Tensor
     grad_size: torch.Tensor
 
@@ -136,39 +156,42 @@ class _Genes(NamedTuple):
     grad_theta: torch.Tensor
 
 
-def _rows_kernel(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
-    """Turn logits into their gradient, with the compiled loops."""
-    loops = kernels(logits.device)
-    assert loops is not None
-    negative_binomial_rows = loops.counts.negative_binomial_rows
-    x, theta = cells.x, genes.theta.numpy()
-    group = _NO_GROUP if cells.group is None else cells.group.numpy()
+def _rows_compiled(loops: Loops, logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> float:
+    """Turn logits into their gradient, with the compiled loops; returns the weighted sum."""
+    x, theta, rows = cells.x, genes.theta.numpy(), loops.counts.negative_binomial_rows
+    log_size, group, weight = (
+        absent if part is None else part.numpy() for part, absent in zip(cells[1:4], _ABSENT, strict=True)
+    )
     arrays = (
-        *(logits.numpy(), genes.bias.numpy(), cells.log_size.numpy(), theta, group, cells.weight.numpy()),
+        *(logits.numpy(), genes.bias.numpy(), log_size, theta, group, weight, np.float32(scale)),
         *(x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()),
         *(cells.value.numpy(), cells.grad_size.numpy()),
     )
 
-    def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def share(start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray]:
         sums = np.zeros(theta.shape, np.float32), np.zeros(theta.shape[1], np.float32)
-        negative_binomial_rows(start, stop, *arrays, *sums)
-        return sums
+        return rows(start, stop, *arrays, *sums), *sums
 
-    for grad_theta, grad_bias in share_out(share, len(logits), logits.numel()):
-        genes.grad_theta.view(theta.shape).add_(torch.from_numpy(grad_theta))
-        genes.grad_bias.add_(torch.from_numpy(grad_bias))
+    summed, totals = 0.0, (genes.grad_theta.view(theta.shape).numpy(), genes.grad_bias.numpy())
+    for own, *sums in share_out(share, len(logits), logits.numel()):
+        summed += own
+        for total, added in zip(totals, sums, strict=True):
+            total += added
+    return summed
 
 
-def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
+def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
     """Turn logits into their gradient, with torch's operations."""
     step = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
-        _rows_in_cache(logits[rows], cells.of(rows), genes)
+        _rows_in_cache(logits[rows], cells.of(rows), genes, scale)
 
 
-def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
-    x, weight, size = cells.x, cells.weight[:, None], cells.log_size.exp()
+def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
+    x = cells.x
+    size = x.library_size() if cells.log_size is None else cells.log_size.exp()
+    weight = torch.full_like(cells.value, scale) if cells.weight is None else cells.weight * scale
     group, grad_theta = cells.group if len(genes.theta) > 1 else None, genes.grad_theta.view(genes.theta.shape)
     theta = genes.theta if group is None else genes.theta[group]
     logits += genes.bias
@@ -180,9 +203,9 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     grads = torch.mul(share, theta, out=logits).neg_()
     share -= at_zero
     if group is None:
-        grad_theta[0].add_(cells.weight @ share)
+        grad_theta[0].add_(weight @ share)
     else:
-        grad_theta.index_add_(0, group, share.mul_(weight))
+        grad_theta.index_add_(0, group, share.mul_(weight[:, None]))
 
     rows = x.row_of_nonzeros()
     where = torch.add(x.indices, rows, alpha=x.n_vars)
@@ -193,14 +216,14 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes) -> None:
     cells.value.add_(x.sum_rows(value.addcmul_(x.data, (mean_at * spread).log_())))
     rest = spread.mul_(x.data)
     grads.view(-1).index_add_(0, where, rest * theta_at)
-    at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(cells.weight.index_select(0, rows))
+    at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(weight.index_select(0, rows))
     grad_theta.view(-1).index_add_(0, grouped, at_theta)
 
     common = grads.sum(dim=1)
-    cells.grad_size.copy_(common * cells.weight)
+    cells.grad_size.copy_(common * weight)
     # The sum over all genes goes back through the normalisation.
     grads.addcmul_(means, (common / size)[:, None], value=-1)
-    grads *= weight
+    grads *= weight[:, None]
     genes.grad_bias.add_(grads.sum(dim=0))
 
 

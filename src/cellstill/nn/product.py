@@ -32,27 +32,35 @@ def sparse_product(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     Differentiable in the matrix; its gradient is the product of the rows' transpose. Computed in float32, whatever
     autocast says.
     """
-    # Inside, needs_input_grad does not say whether gradients are recorded at all.
-    return _SparseProduct.apply(matrix, x, torch.is_grad_enabled() and matrix.requires_grad)
+    return _SparseProduct.apply(matrix, x)
 
 
 class _SparseProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, x: CSRRows, recorded: bool) -> torch.Tensor:
-        ctx.columns = _columns(x) if recorded else ()
-        return _weighted_sums(matrix, x.data, x.indices, x.indptr)
+    def forward(ctx: Any, matrix: torch.Tensor, x: CSRRows) -> torch.Tensor:
+        ctx.x = x
+        return rows_times(x, matrix)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _weighted_sums(grads[0].contiguous(), *ctx.columns), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return columns_times(ctx.x, grads[0].contiguous()), None
+
+
+def rows_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
+    """``x @ matrix``, without gradient."""
+    return _weighted_sums(matrix, x.data, x.indices, x.indptr)
+
+
+def columns_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
+    """``x.T @ matrix``, without gradient."""
+    return _weighted_sums(matrix, *_columns(x))
 
 
 def _weighted_sums(
     matrix: torch.Tensor, data: torch.Tensor, indices: torch.Tensor, indptr: torch.Tensor
 ) -> torch.Tensor:
-    return torch.nn.functional.embedding_bag(
-        indices, matrix, indptr, mode="sum", per_sample_weights=data.to(matrix.dtype), include_last_offset=True
-    )
+    # Arguments by position: gradients scaled by frequency (no), mode (0 is the sum), sparse gradients (no).
+    return torch.embedding_bag(matrix, indices, indptr, False, 0, False, data.to(matrix.dtype), True)[0]
 
 
 def _columns(x: CSRRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -28,8 +28,8 @@ class Loss(NamedTuple):
         What is minimised: the mean over the minibatch's cells, a scalar to differentiate. The losses of an epoch weigh
         it by ``n``.
     per_cell
-        Loss of each cell, detached, shape ``(n,)``; it names the cells whose loss is not finite. ``None`` if the module
-        does not have it.
+        Loss of each cell, or a part of it that is finite only if the loss is, detached, shape ``(n,)``; it names the
+        cells whose loss is not finite. ``None`` if the module does not have it.
     n
         Number of cells.
     terms

@@ -1,0 +1,98 @@
+"""A hidden layer, linear, LayerNorm and ReLU: one function where loops are compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from cellstill.nn.compiled import kernels, loops, share_out
+from cellstill.nn.product import columns_times, rows_times, sparse_pays
+from cellstill.nn.sparse import CSRRows
+
+
+def hidden_layer(
+    x: CSRRows | torch.Tensor, linear: nn.Module, norm: nn.LayerNorm, added: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``relu(norm(linear(x) + added))``, shape ``(n, n_out)``.
+
+    On the CPU, in float32 and where loops are compiled (:func:`~cellstill.nn.compiled.compiled`), one function with
+    its gradients; elsewhere torch's operations. The results agree to rounding.
+
+    Parameters
+    ----------
+    x
+        Dense rows, or sparse ones, which have no gradient; shape ``(n, n_in)``.
+    linear
+        A :class:`torch.nn.Linear`, or a :class:`~cellstill.nn.layers.SparseLinear` for sparse rows.
+    norm
+        LayerNorm over ``n_out``.
+    added
+        What else is added before the norm, shape ``(n, n_out)``.
+    """
+    weight, device = linear.weight, linear.weight.device
+    if kernels(device) is None or weight.dtype != torch.float32 or torch.is_autocast_enabled(device.type):
+        product = linear(x)
+        return torch.relu(norm(product if added is None else product + added))
+    rows = None
+    if isinstance(x, CSRRows):
+        x, rows = (None, x) if sparse_pays(x, weight) else (x.to_dense(), None)
+    return _HiddenLayer.apply(
+        x, weight, linear.bias, norm.weight, norm.bias, added, rows, isinstance(linear, nn.Linear), norm.eps
+    )
+
+
+class _HiddenLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        added: torch.Tensor | None,
+        rows: CSRRows | None,
+        by_output: bool,
+        eps: float,
+    ) -> torch.Tensor:
+        if rows is not None:
+            standard = rows_times(rows, weight)
+        else:
+            standard = torch.mm(x, weight.t() if by_output else weight)
+        if added is not None:
+            standard += added
+        out, inverse = torch.empty_like(standard), standard.new_empty(len(standard))
+        normed_relu = loops().layers.normed_relu
+        learned = [part.detach().numpy() for part in (bias, scale, shift)]
+        made = standard.numpy(), out.numpy(), inverse.numpy()
+        share_out(lambda start, stop: normed_relu(start, stop, *learned, eps, *made), len(out), out.numel())
+        ctx.rows, ctx.by_output = rows, by_output
+        ctx.save_for_backward(x, weight, scale, out, standard, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        through = torch.empty_like(grad)
+        backward, made = loops().layers.normed_relu_backward, through.numpy()
+        known = [grad.numpy(), *(part.detach().numpy() for part in saved)]
+
+        def share(start: int, stop: int) -> np.ndarray:
+            sums = np.zeros((3, grad.shape[1]), np.float32)
+            backward(start, stop, *known, made, sums)
+            return sums
+
+        of_scale, of_shift, of_bias = torch.from_numpy(sum(share_out(share, len(grad), grad.numel()))).unbind()
+        if ctx.rows is not None:
+            of_weight = columns_times(ctx.rows, through)
+        else:
+            of_weight = torch.mm(through.t(), x) if ctx.by_output else torch.mm(x.t(), through)
+        of_x = torch.mm(through, weight if ctx.by_output else weight.t()) if ctx.needs_input_grad[0] else None
+        of_added = through if ctx.needs_input_grad[5] else None
+        return of_x, of_weight, of_bias, of_scale, of_shift, of_added, None, None, None
