@@ -105,6 +105,9 @@ def assert_same(one, other):
     for name, values in one.items():
         if isinstance(values, pd.DataFrame):
             pd.testing.assert_frame_equal(values, other[name], obj=name)
+        elif name.startswith("attribution"):
+            # Of three cells, which before were encoded by themselves: products of other sizes round differently.
+            np.testing.assert_allclose(values, other[name], rtol=1e-5, err_msg=name)
         else:
             np.testing.assert_array_equal(values, other[name], err_msg=name)
 

@@ -338,7 +338,7 @@ def test_hidden_sparsity_leaves_few_activations(plain):
 
 
 def test_ard_shrinks_the_dimensions_that_are_not_needed():
-    model = trained(max_epochs=80, ard=0.1)
+    model = trained(max_epochs=160, ard=0.1)
     _, latent, _ = state(model)
     prior = model.module.relevance.variance().detach()
     content = latent.mean.var(dim=0) / (latent.mean.square() + latent.variance).mean(dim=0)

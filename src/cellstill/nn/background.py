@@ -35,6 +35,7 @@ def background_output(
     cell_weight: torch.Tensor | None = None,
     weight_l2: float = 0.0,
     native_penalty: NativePenalty | None = None,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""Negative binomial log-likelihood of counts, with a softplus decoder, ambient background and feature scaling.
 
@@ -71,10 +72,12 @@ def background_output(
         Penalty of the squared ``weight``, taken from the total.
     native_penalty
         Penalty of the native expression :math:`\mathrm{softplus}(W h_n + b)` of some cells, taken from the total.
+    scale
+        Factor of the total, as in :func:`~cellstill.nn.output.negative_binomial_output`.
 
     Returns
     -------
-    Weighted sum over cells, less the penalties, differentiable in all but the counts, groups and weights; the
+    Weighted sum over cells, less the penalties, times ``scale``, differentiable in all but the counts, groups and weights; the
     log-likelihood of each cell, shape ``(n,)``, and the mean native penalty of a cell, both without gradient. All
     float32.
 
@@ -98,7 +101,8 @@ def background_output(
         _by_group("log_background", log_background, "background_group", background_group, x, -torch.inf).exp(),
         torch.ones_like(log_size) if log_amount is None else log_amount.detach().exp(),
         _by_group("log_scaling", log_scaling, "scaling_group", scaling_group, x, 0.0).exp(),
-        torch.ones_like(log_size) if cell_weight is None else cell_weight,
+        torch.full_like(log_size, scale, requires_grad=False) if cell_weight is None else cell_weight * scale,
+        scale,
         weight_l2,
         native_penalty,
     )
@@ -179,10 +183,12 @@ class _Background:
         amount: torch.Tensor,
         scaling: _ByGroup,
         weight: torch.Tensor,
+        scale: float,
         weight_l2: float,
         native_penalty: NativePenalty | None,
     ) -> None:
-        self.weight_l2, self.native_penalty = weight_l2, native_penalty
+        # The weights of the cells, and with them the gradients, have the scale already.
+        self.scale, self.weight_l2, self.native_penalty = scale, scale * weight_l2, native_penalty
         # Inside the fused function gradients are off.
         self.recorded = torch.is_grad_enabled()
         self.penalty, self.native_mean = size.new_zeros(()), size.new_zeros(())
@@ -224,7 +230,7 @@ class _Background:
             penalty = function(torch.nn.functional.softplus(logits)) * self.weight[rows]
             mean = penalty.sum() / min(n_cells, self.n_rows)
             gradient = torch.autograd.grad(mean, logits)[0] if self.recorded else torch.zeros_like(logits)
-        self.native_mean += mean.detach()
+        self.native_mean += mean.detach() / self.scale
         self.penalty += weight * mean.detach()
         return gradient.mul_(weight)
 

@@ -153,8 +153,9 @@ class Modality(nn.Module):
         *,
         weight_l2: float = 0.0,
         native_sparsity: float = 0.0,
+        scale: float = 1.0,
     ) -> Likelihood:
-        """Likelihood of counts, less the penalties that are computed with it."""
+        """Likelihood of counts, less the penalties that are computed with it; the total times ``scale``."""
         log_amount = self.log_amount(x, log_library, present)
         theta, group = self.dispersion(batch, x.n_rows)
         scaling, scaling_group = self.scaling_table(batch)
@@ -174,6 +175,7 @@ class Modality(nn.Module):
             cell_weight=present,
             weight_l2=weight_l2,
             native_penalty=penalty,
+            scale=scale,
         )
         return Likelihood(total, value if present is None else value * present, features, native)
 

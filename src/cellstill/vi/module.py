@@ -215,10 +215,10 @@ class RegularizedVAE(nn.Module):
             )
         latent = self.encode(rows, batch)
         z = latent.sample()
-        total, per_cell = -kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
+        likelihood, total, per_cell = torch.zeros(()), kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
         terms = {"kl_z": latent.kl.detach().sum()}
         for term, penalty in penalties_of_z(self.config, z, self._dimensions_present(batch)):
-            total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
+            total, per_cell = total + kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
             terms[term] = penalty.detach().sum()
         for name, x in rows.items():
             modality, present = self.modality(name), batch.get(f"{name}/present")
@@ -230,19 +230,20 @@ class RegularizedVAE(nn.Module):
                 *(z, log_library, x, batch, present),
                 weight_l2=self.config.decoder_weight_l2 * n / n_obs,
                 native_sparsity=self.config.native_sparsity * n / n_obs,
+                scale=-1 / n,
             )
             if modality.has_profile and self.config.native_sparsity:
                 terms[self._term("native_sparsity", name)] = self.config.native_sparsity * native * (n / n_obs)
             if self.config.hidden_sparsity is not None:
                 penalty = penalty_of_hidden(self.config.hidden_sparsity, features)
                 penalty = penalty if present is None else penalty * present
-                total, per_cell = total - kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
+                total, per_cell = total + kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
                 terms[self._term("hidden_sparsity", name)] = penalty.detach().sum()
-            total = total + summed - kl.sum()
+            likelihood, total = likelihood.to(summed) + summed, total + kl.sum()
             per_cell = per_cell - value + kl.detach()
             terms[self._term("reconstruction_loss", name)] = -value.sum()
             terms[self._term("kl_l", name)] = kl.detach().sum()
-        objective = -total / n
+        objective = likelihood + total / n
         for name in rows:
             for term, penalty in self.modality(name).penalties(self.config):
                 objective = objective + penalty / n_obs
