@@ -210,7 +210,8 @@ def test_group_of_another_length_is_refused():
 
 
 @pytest.mark.parametrize("block", [1 << 22, 2 * N_VARS], ids=["one_block", "blocks_of_two_cells"])
-def test_penalties_are_taken_from_the_total_with_their_gradients(block, monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_penalties_are_taken_from_the_total_with_their_gradients(block, scale, monkeypatch):
     monkeypatch.setitem(fused._BLOCK, "cpu", block)
     counts, parameters, groups = make(1, 1, 1)
     cell_weight = torch.linspace(0.0, 2, N)
@@ -228,6 +229,7 @@ def test_penalties_are_taken_from_the_total_with_their_gradients(block, monkeypa
         cell_weight=cell_weight,
         weight_l2=0.3,
         native_penalty=NativePenalty(square, 0.7, 3),
+        scale=scale,
     )
     likelihood = evaluate(counts, parameters, groups, cell_weight)[0]
     total.backward()
@@ -237,7 +239,8 @@ def test_penalties_are_taken_from_the_total_with_their_gradients(block, monkeypa
     penalty = 0.7 * expected + 0.3 * q["weight"].square().sum()
     penalty.backward()
     np.testing.assert_allclose(mean, expected.detach(), rtol=1e-5)
-    np.testing.assert_allclose(total.detach(), likelihood - penalty.detach(), rtol=1e-5)
+    np.testing.assert_allclose(total.detach(), scale * (likelihood - penalty.detach()), rtol=1e-5)
     for name, value in q.items():
-        np.testing.assert_allclose(p[name].grad, plain[name] - value.grad, rtol=2e-4, atol=2e-4, err_msg=name)
-    np.testing.assert_allclose(p["theta"].grad, plain["theta"], rtol=1e-5, atol=1e-6)
+        expected = scale * (plain[name] - value.grad)
+        np.testing.assert_allclose(p[name].grad, expected, rtol=2e-4, atol=2e-4, err_msg=name)
+    np.testing.assert_allclose(p["theta"].grad, scale * plain["theta"], rtol=1e-5, atol=1e-6)

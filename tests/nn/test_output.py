@@ -175,6 +175,23 @@ def test_the_outer_gradient_scales_all_gradients():
         np.testing.assert_allclose(grad / 3, other, rtol=1e-6, atol=1e-7)
 
 
+def test_the_total_scales_itself_and_takes_totals_as_sizes():
+    counts, (hidden, weight, bias, _, theta), _ = make()
+    x, cell_weight = rows(counts), torch.linspace(0.1, 2, 37)
+    found = {}
+    for scale, log_size in ((1.0, x.library_size().log()), (-1 / 37, None)):
+        leaves = [part.clone().requires_grad_() for part in (hidden, weight, bias, theta)]
+        total, value = negative_binomial_output(
+            *(*leaves[:3], x, log_size, leaves[3]), cell_weight=cell_weight, scale=scale
+        )
+        # As a term of the loss, whose gradients nothing multiplies.
+        (total + leaves[0].sum() * 0).backward()
+        found[scale] = [total.detach(), *(leaf.grad for leaf in leaves)], value
+    torch.testing.assert_close(found[1.0][1], found[-1 / 37][1])
+    for one, scaled in zip(found[1.0][0], found[-1 / 37][0], strict=True):
+        torch.testing.assert_close(scaled, -one / 37, rtol=1e-5, atol=1e-6)
+
+
 def test_only_what_is_needed_gets_a_gradient():
     counts, (hidden, weight, bias, log_size, theta), _ = make()
     frozen = [weight, bias, log_size, theta]

@@ -77,9 +77,9 @@ def background_output(
 
     Returns
     -------
-    Weighted sum over cells, less the penalties, times ``scale``, differentiable in all but the counts, groups and weights; the
-    log-likelihood of each cell, shape ``(n,)``, and the mean native penalty of a cell, both without gradient. All
-    float32.
+    Weighted sum over cells, less the penalties, times ``scale``, differentiable in all but the counts, groups and
+    weights; the log-likelihood of each cell, shape ``(n,)``, and the mean native penalty of a cell, both without
+    gradient. All float32.
 
     Raises
     ------

@@ -66,9 +66,9 @@ def fused_output(
 
     Returns
     -------
-    The total of ``likelihood``, less the penalty of ``weight``, differentiable in ``hidden``, ``weight`` and ``parameters``, and the
-    log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
-    (autocast).
+    The total of ``likelihood``, less the penalty of ``weight``, differentiable in ``hidden``, ``weight`` and
+    ``parameters``; and the log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the
+    products run in bfloat16 (autocast).
     """
     # Inside, needs_input_grad does not say whether gradients are recorded at all.
     return _FusedOutput.apply(hidden, weight, likelihood, torch.is_grad_enabled(), *parameters)

@@ -15,7 +15,7 @@ from cellstill.nn.sparse import CSRRows
 
 
 def hidden_layer(
-    x: CSRRows | torch.Tensor, linear: nn.Module, norm: nn.LayerNorm, added: torch.Tensor | None = None
+    x: CSRRows | torch.Tensor, linear: nn.Module, norm: nn.Module, added: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``relu(norm(linear(x) + added))``, shape ``(n, n_out)``.
 
@@ -33,16 +33,17 @@ def hidden_layer(
     added
         What else is added before the norm, shape ``(n, n_out)``.
     """
-    weight, device = linear.weight, linear.weight.device
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    assert isinstance(norm, nn.LayerNorm)
+    device = weight.device
     if kernels(device) is None or weight.dtype != torch.float32 or torch.is_autocast_enabled(device.type):
         product = linear(x)
         return torch.relu(norm(product if added is None else product + added))
-    rows = None
-    if isinstance(x, CSRRows):
-        x, rows = (None, x) if sparse_pays(x, weight) else (x.to_dense(), None)
-    return _HiddenLayer.apply(
-        x, weight, linear.bias, norm.weight, norm.bias, added, rows, isinstance(linear, nn.Linear), norm.eps
-    )
+    rows = x if isinstance(x, CSRRows) and sparse_pays(x, weight) else None
+    dense = None if rows is not None else x.to_dense() if isinstance(x, CSRRows) else x
+    learned = (weight, linear.bias, norm.weight, norm.bias)
+    return _HiddenLayer.apply(dense, rows, added, *learned, isinstance(linear, nn.Linear), norm.eps)
 
 
 class _HiddenLayer(torch.autograd.Function):
@@ -50,19 +51,20 @@ class _HiddenLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor | None,
+        rows: CSRRows | None,
+        added: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
-        added: torch.Tensor | None,
-        rows: CSRRows | None,
         by_output: bool,
         eps: float,
     ) -> torch.Tensor:
-        if rows is not None:
-            standard = rows_times(rows, weight)
-        else:
+        if x is not None:
             standard = torch.mm(x, weight.t() if by_output else weight)
+        else:
+            assert rows is not None
+            standard = rows_times(rows, weight)
         if added is not None:
             standard += added
         out, inverse = torch.empty_like(standard), standard.new_empty(len(standard))
@@ -89,10 +91,11 @@ class _HiddenLayer(torch.autograd.Function):
             return sums
 
         of_scale, of_shift, of_bias = torch.from_numpy(sum(share_out(share, len(grad), grad.numel()))).unbind()
-        if ctx.rows is not None:
+        of_weight = None
+        if ctx.needs_input_grad[3] and ctx.rows is not None:
             of_weight = columns_times(ctx.rows, through)
-        else:
+        elif ctx.needs_input_grad[3]:
             of_weight = torch.mm(through.t(), x) if ctx.by_output else torch.mm(x.t(), through)
         of_x = torch.mm(through, weight if ctx.by_output else weight.t()) if ctx.needs_input_grad[0] else None
-        of_added = through if ctx.needs_input_grad[5] else None
-        return of_x, of_weight, of_bias, of_scale, of_shift, of_added, None, None, None
+        of_added = through if ctx.needs_input_grad[2] else None
+        return of_x, None, of_added, of_weight, of_bias, of_scale, of_shift, None, None

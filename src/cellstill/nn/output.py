@@ -61,9 +61,9 @@ def negative_binomial_output(
 
     Returns
     -------
-    Weighted sum over cells times ``scale``, differentiable in ``hidden``, ``weight``, ``bias``, ``log_size`` and ``theta``; and the
-    log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the products run in bfloat16
-    (autocast).
+    Weighted sum over cells times ``scale``, differentiable in ``hidden``, ``weight``, ``bias``, ``log_size`` and
+    ``theta``; and the log-likelihood of each cell, shape ``(n,)``, without gradient. Both float32, also where the
+    products run in bfloat16 (autocast).
 
     Raises
     ------
@@ -104,8 +104,14 @@ class _Softmax:
     ) -> None:
         self.n_rows, self.n_vars, self.scale, self.summed = x.n_rows, x.n_vars, scale, 0.0
         self.value = torch.empty(x.n_rows, device=bias.device)
-        per_cell = [None if part is None else part.detach() for part in (log_size, group, cell_weight)]
-        self.cells = _Cells(x, *per_cell, self.value, torch.empty_like(self.value))
+        self.cells = _Cells(
+            x,
+            None if log_size is None else log_size.detach(),
+            group,
+            None if cell_weight is None else cell_weight.detach(),
+            self.value,
+            torch.empty_like(self.value),
+        )
         self.genes = _Genes(
             *(bias.detach(), theta.detach().reshape(-1, x.n_vars), torch.zeros_like(bias), torch.zeros_like(theta))
         )
@@ -144,7 +150,9 @@ class _Cells(NamedTuple):
     def of(self, rows: slice) -> _Cells:
         if rows.start == 0 and rows.stop >= self.x.n_rows:
             return self
-        return _Cells(self.x.rows(rows), *(None if part is None else part[rows] for part in self[1:]))
+        optional = {"log_size": self.log_size, "group": self.group, "weight": self.weight}
+        cut = {name: None if part is None else part[rows] for name, part in optional.items()}
+        return _Cells(self.x.rows(rows), **cut, value=self.value[rows], grad_size=self.grad_size[rows])
 
 
 class _Genes(NamedTuple):

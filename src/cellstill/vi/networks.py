@@ -59,19 +59,19 @@ class Trunk(nn.Module):
         self, rows: Sequence[CSRRows], dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """Return the features of the last hidden layer, shape ``(n, widths[-1])``."""
-        drop_ = nn.functional.dropout
-        inputs = [
+        drop_dense = nn.functional.dropout
+        inputs: list[tuple[nn.Module, CSRRows | torch.Tensor]] = [
             (layer, x._replace(data=drop(x.data, self.dropout, self.training)))
             for layer, x in zip(self.sparse, rows, strict=True)
         ]
         if self.dense is not None and dense is not None:
-            inputs.append((self.dense, drop_(dense, self.dropout, self.training)))
+            inputs.append((self.dense, drop_dense(dense, self.dropout, self.training)))
         (first, x), *others = inputs
         parts = [layer(other) for layer, other in others]
         parts += [shift.index_select(0, codes[column]) for column, shift in zip(self.columns, self.shifts, strict=True)]
         features = hidden_layer(x, first, self.norms[0], sum(parts[1:], start=parts[0]) if parts else None)
         for layer, norm in zip(self.hidden, self.norms[1:], strict=True):
-            features = hidden_layer(drop_(features, self.dropout, self.training), layer, norm)
+            features = hidden_layer(drop_dense(features, self.dropout, self.training), layer, norm)
         return features
 
 
