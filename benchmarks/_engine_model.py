@@ -54,7 +54,7 @@ class VAE(nn.Module):
         n, (mean, log_variance) = counts.n_rows, self.posterior(counts)
         deviation = (0.5 * log_variance).exp()
         z = torch.addcmul(mean, deviation, torch.randn_like(mean))
-        kl = 0.5 * (mean.square() + deviation.square() - log_variance).sum() - 0.5 * mean.numel()
+        kl = 0.5 * (mean.square() + deviation.square() - 1 - log_variance).sum(dim=1)
         hidden, output, theta = self.decoder.features(z), self.decoder.output, self.log_theta.exp()
         if self.dense:
             log_size = counts.library_size().log()
@@ -64,8 +64,9 @@ class VAE(nn.Module):
             total, value = negative_binomial_output(
                 hidden, output.weight, output.bias, counts, None, theta, scale=-1 / n
             )
+        each, kl = kl_weight * kl.detach() - value, kl.sum()
         terms = {"reconstruction": n * total.detach(), "kl": kl.detach()}
-        return Loss(total + kl_weight / n * kl, value, n, terms)
+        return Loss(total + kl_weight / n * kl, each, n, terms)
 
 
 def dense_log_likelihood(

@@ -192,6 +192,55 @@ def test_the_total_scales_itself_and_takes_totals_as_sizes():
         torch.testing.assert_close(scaled, -one / 37, rtol=1e-5, atol=1e-6)
 
 
+def test_an_empty_cell_whose_size_is_its_total_harms_no_gradient():
+    counts, (hidden, weight, bias, _, theta), _ = make(n=6)
+    counts[2] = 0
+    leaves = [part.clone().requires_grad_() for part in (hidden, weight, bias, theta)]
+    total, value = negative_binomial_output(*leaves[:3], rows(counts), None, leaves[3])
+    total.backward()
+    log_size = torch.from_numpy(np.maximum(counts.sum(axis=1), 1)).float().log()
+    known = [part.clone().requires_grad_() for part in (hidden, weight, bias, theta)]
+    expected, each = negative_binomial_output(*known[:3], rows(counts), log_size, known[3])
+    expected.backward()
+    torch.testing.assert_close(value, each)
+    for leaf, other in zip(leaves, known, strict=True):
+        assert leaf.grad.isfinite().all()
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_float32_whatever_torch_makes_by_default():
+    counts, (hidden, weight, bias, log_size, theta), _ = make(n=5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [part.dtype for part in found] == [torch.float32, torch.float32]
+
+
+def test_sizes_and_dispersions_need_not_lie_in_order():
+    counts, (hidden, weight, bias, log_size, theta), group = make(n=8, n_groups=2)
+    one = evaluate(counts, (hidden, weight, bias, log_size, theta), group, torch.ones(8))
+    both = torch.stack([log_size, log_size], dim=1)
+    strided = both.clone()[:, 0], theta.T.contiguous().T
+    assert not any(part.is_contiguous() for part in strided)
+    leaves = [part.detach().requires_grad_() for part in (hidden.clone(), weight.clone(), bias.clone(), *strided)]
+    total, value = negative_binomial_output(*leaves[:3], rows(counts), *leaves[3:], group=group)
+    total.backward()
+    torch.testing.assert_close(value, one[1])
+    for leaf, grad in zip(leaves, one[2], strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused_instead_of_wrong():
+    counts, (hidden, weight, bias, log_size, theta), _ = make(n=5)
+    hidden.requires_grad_()
+    total, _ = negative_binomial_output(hidden, weight, bias, rows(counts), log_size, theta)
+    grad = torch.autograd.grad(total.square(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_only_what_is_needed_gets_a_gradient():
     counts, (hidden, weight, bias, log_size, theta), _ = make()
     frozen = [weight, bias, log_size, theta]

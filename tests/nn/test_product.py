@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -65,6 +67,18 @@ def test_density_and_size_decide():
     assert not sparse_pays(rows(dense), small)
     assert sparse_pays(rows(sparse), small)
     assert not sparse_pays(rows(sparse), large)
+
+
+def test_machine_code_older_than_any_source_is_forgotten(tmp_path):
+    """A loop has parts of other files compiled into it, of which Numba knows nothing."""
+    sources = [tmp_path / name for name in ("_kernels.py", "_background_kernels.py")]
+    code = [tmp_path / f"_{name}kernels.loop-1.py311.nbi" for name in ("", "background_")]
+    for age, path in zip((10, 50, 30, 5), (*sources, *code), strict=True):
+        path.touch()
+        os.utime(path, (1000 - age, 1000 - age))
+    module.forget_stale(tmp_path, sources)
+    # The second loop is younger than both sources, the first only than its neighbour.
+    assert [path.exists() for path in (*sources, *code)] == [True, True, False, True]
 
 
 def test_the_choice_depends_on_the_arguments_alone():

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         total, value = negative_binomial_output(
             *(hidden, output.weight, output.bias, counts, None, self.log_theta.exp()), scale=-1 / (n * self.n_vars)
         )
-        return Loss(total, value, n)
+        return Loss(total, -value / self.n_vars, n)
 
 
 class NewBatches(nn.Module):

@@ -182,11 +182,11 @@ def negative_binomial_rows(
 ):
     """Log-likelihood of the cells ``start`` to ``stop``, and its gradients times each cell's weight and ``scale``.
 
-    ``logits`` become their own gradient. ``log_size`` may be empty, for sizes that are the totals of the counts; so may
-    ``group`` and ``weight``. ``grad_theta``, of the shape of ``theta``, and ``grad_bias`` are added to; ``value`` and
-    ``grad_size``, the derivative in the logarithm of the size, are filled. Returns the weighted sum.
+    ``logits`` become their own gradient. ``log_size`` may be empty, for sizes that are the totals of the counts, at
+    least 1; so may ``group`` and ``weight``. ``grad_theta``, of the shape of ``theta``, and ``grad_bias`` are added to;
+    ``value`` and ``grad_size``, the derivative in the logarithm of the size, are filled.
     """
-    n_vars, summed = logits.shape[1], 0.0
+    n_vars = logits.shape[1]
     grads = np.empty(n_vars, np.float32)
     means, thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
     grad_means, grad_thetas = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
@@ -197,7 +197,7 @@ def negative_binomial_rows(
         w = scale * weight[i] if weight.size else scale
         first, n_counts = indptr[i], indptr[i + 1] - indptr[i]
         genes, counts = indices[first : first + n_counts], data[first : first + n_counts]
-        size = np.exp(log_size[i]) if log_size.size else counts.sum()
+        size = np.exp(log_size[i]) if log_size.size else max(counts.sum(), _F(1))
         total, common = _zeros(row, size / _softmax(row, bias), own, inverse_theta[at], w, grads, grad_own)
 
         for k in range(n_counts):
@@ -209,11 +209,9 @@ def negative_binomial_rows(
             grad_own[genes[k]] += w * grad_thetas[k]
 
         value[i], grad_size[i] = total, w * common
-        summed += np.float64(w * total)
         # The sum over all genes goes back through the normalisation.
         common /= size
         for j in range(n_vars):
             grad = w * (grads[j] - row[j] * common)
             row[j] = grad
             grad_bias[j] += grad
-    return summed

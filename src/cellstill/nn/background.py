@@ -73,7 +73,7 @@ def background_output(
     native_penalty
         Penalty of the native expression :math:`\mathrm{softplus}(W h_n + b)` of some cells, taken from the total.
     scale
-        Factor of the total, as in :func:`~cellstill.nn.output.negative_binomial_output`.
+        Factor of the total, not 0, as in :func:`~cellstill.nn.output.negative_binomial_output`.
 
     Returns
     -------

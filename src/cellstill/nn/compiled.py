@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -105,12 +105,24 @@ def loops() -> Loops:
     with _lock:
         from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels
 
-        kept = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
-        if not any(kept.glob("_kernels.negative_binomial_rows-*.nbi")):
+        folder = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
+        forget_stale(folder, Path(__file__).parent.glob("*_kernels.py"))
+        if not any(folder.glob("_kernels.negative_binomial_rows-*.nbi")):
             _log.warning("Compiling the loops of the CPU: some seconds, once on this machine.")
         found = Loops(_kernels, _layer_kernels, _optimizer_kernels)
         _run_all(found)
         return found
+
+
+def forget_stale(folder: Path, sources: Iterable[Path]) -> None:
+    """Remove machine code that is older than the newest source, so that it is compiled again.
+
+    Numba looks at a loop's own file only, and loops have parts of other files compiled into them.
+    """
+    newest = max(source.stat().st_mtime for source in sources)
+    for index in folder.glob("*_kernels.*.nbi"):
+        if index.stat().st_mtime < newest:
+            index.unlink(missing_ok=True)
 
 
 def _run_all(found: Loops) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _BLOCK = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Entries, cells x genes, of a block of logits."""
@@ -116,6 +117,7 @@ class _FusedOutput(torch.autograd.Function):
         return total, likelihood.value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("The gradients of fused_output are computed once, and were already used.")

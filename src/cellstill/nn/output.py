@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.compiled import Loops, kernels, share_out
+from cellstill.nn.compiled import kernels, loops, share_out
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
@@ -48,7 +48,7 @@ def negative_binomial_output(
         Counts, ``n`` rows.
     log_size
         Logarithm of the size factor :math:`s` per cell, shape ``(n,)``: the expected library size. ``None`` takes the
-        total of the counts.
+        total of the counts, at least 1.
     theta
         Inverse dispersion, shape ``(n_vars,)``, or ``(n_groups, n_vars)`` with ``group``. Larger is closer to Poisson.
     group
@@ -102,32 +102,28 @@ class _Softmax:
         cell_weight: torch.Tensor | None,
         scale: float,
     ) -> None:
-        self.n_rows, self.n_vars, self.scale, self.summed = x.n_rows, x.n_vars, scale, 0.0
-        self.value = torch.empty(x.n_rows, device=bias.device)
+        self.n_rows, self.n_vars, self.scale = x.n_rows, x.n_vars, scale
+        self.value = torch.empty(x.n_rows, dtype=torch.float32, device=bias.device)
         self.cells = _Cells(
             x,
-            None if log_size is None else log_size.detach(),
+            None if log_size is None else log_size.detach().contiguous(),
             group,
             None if cell_weight is None else cell_weight.detach(),
             self.value,
             torch.empty_like(self.value),
         )
+        grad_theta = torch.zeros_like(theta, memory_format=torch.contiguous_format)
         self.genes = _Genes(
-            *(bias.detach(), theta.detach().reshape(-1, x.n_vars), torch.zeros_like(bias), torch.zeros_like(theta))
+            *(bias.detach(), theta.detach().contiguous().view(-1, x.n_vars), torch.zeros_like(bias), grad_theta)
         )
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         """Turn the logits of some cells into their gradient."""
-        loops, cells = kernels(logits.device), self.cells.of(rows)
-        if loops is None:
-            _rows_torch(logits, cells, self.genes, self.scale)
-        else:
-            self.summed += _rows_compiled(loops, logits, cells, self.genes, self.scale)
+        block = _rows_torch if kernels(logits.device) is None else _rows_compiled
+        block(logits, self.cells.of(rows), self.genes, self.scale)
 
     def total(self) -> torch.Tensor:
         """Weighted sum of the log-likelihoods."""
-        if kernels(self.value.device) is not None:
-            return torch.tensor(self.summed)
         weight = self.cells.weight
         return (self.value.sum() if weight is None else self.value @ weight) * self.scale
 
@@ -164,9 +160,9 @@ class _Genes(NamedTuple):
     grad_theta: torch.Tensor
 
 
-def _rows_compiled(loops: Loops, logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> float:
-    """Turn logits into their gradient, with the compiled loops; returns the weighted sum."""
-    x, theta, rows = cells.x, genes.theta.numpy(), loops.counts.negative_binomial_rows
+def _rows_compiled(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
+    """Turn logits into their gradient, with the compiled loops."""
+    x, theta, rows = cells.x, genes.theta.numpy(), loops().counts.negative_binomial_rows
     log_size, group, weight = (
         absent if part is None else part.numpy() for part, absent in zip(cells[1:4], _ABSENT, strict=True)
     )
@@ -176,16 +172,15 @@ def _rows_compiled(loops: Loops, logits: torch.Tensor, cells: _Cells, genes: _Ge
         *(cells.value.numpy(), cells.grad_size.numpy()),
     )
 
-    def share(start: int, stop: int) -> tuple[float, np.ndarray, np.ndarray]:
+    def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         sums = np.zeros(theta.shape, np.float32), np.zeros(theta.shape[1], np.float32)
-        return rows(start, stop, *arrays, *sums), *sums
+        rows(start, stop, *arrays, *sums)
+        return sums
 
-    summed, totals = 0.0, (genes.grad_theta.view(theta.shape).numpy(), genes.grad_bias.numpy())
-    for own, *sums in share_out(share, len(logits), logits.numel()):
-        summed += own
+    totals = genes.grad_theta.view(theta.shape).numpy(), genes.grad_bias.numpy()
+    for sums in share_out(share, len(logits), logits.numel()):
         for total, added in zip(totals, sums, strict=True):
             total += added
-    return summed
 
 
 def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
@@ -198,17 +193,19 @@ def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float
 
 def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
     x = cells.x
-    size = x.library_size() if cells.log_size is None else cells.log_size.exp()
+    size = x.library_size().clamp(min=1) if cells.log_size is None else cells.log_size.exp()
     weight = torch.full_like(cells.value, scale) if cells.weight is None else cells.weight * scale
     group, grad_theta = cells.group if len(genes.theta) > 1 else None, genes.grad_theta.view(genes.theta.shape)
     theta = genes.theta if group is None else genes.theta[group]
+    # A weight that all cells share goes into the row of theta, where it costs next to nothing.
+    shared, own = (scale, None) if cells.weight is None else (1.0, weight[:, None])
     logits += genes.bias
     means = torch.softmax(logits, dim=1).mul_(size[:, None])
     share = means / theta
     at_zero = torch.log1p(share)
     share /= 1 + share
     cells.value.copy_((at_zero @ theta[0] if group is None else (at_zero * theta).sum(dim=1)).neg_())
-    grads = torch.mul(share, theta, out=logits).neg_()
+    grads = torch.mul(share, -shared * theta, out=logits)
     share -= at_zero
     if group is None:
         grad_theta[0].add_(weight @ share)
@@ -223,15 +220,16 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
     value = log_rising_factorial(x.data, theta_at).sub_(torch.lgamma(x.data + 1))
     cells.value.add_(x.sum_rows(value.addcmul_(x.data, (mean_at * spread).log_())))
     rest = spread.mul_(x.data)
-    grads.view(-1).index_add_(0, where, rest * theta_at)
+    grads.view(-1).index_add_(0, where, rest * theta_at, alpha=shared)
     at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(weight.index_select(0, rows))
     grad_theta.view(-1).index_add_(0, grouped, at_theta)
 
     common = grads.sum(dim=1)
-    cells.grad_size.copy_(common * weight)
     # The sum over all genes goes back through the normalisation.
     grads.addcmul_(means, (common / size)[:, None], value=-1)
-    grads *= weight[:, None]
+    if own is not None:
+        grads *= own
+    cells.grad_size.copy_(common if own is None else common * weight)
     genes.grad_bias.add_(grads.sum(dim=0))
 
 

@@ -15,6 +15,7 @@ class CompiledAdamW(torch.optim.AdamW):
     """:class:`torch.optim.AdamW`, to rounding and with the same state, its step compiled and shared by threads.
 
     For parameters as :func:`fits` says. Of the settings it follows ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+    Hooks of steps are not called.
 
     References
     ----------
@@ -49,7 +50,7 @@ class CompiledAdamW(torch.optim.AdamW):
             share_out(lambda start, stop: optimizer.adamw(start, stop, *arrays), n_values, n_values)
         return loss
 
-    # Of torch's wrapper, which profiles steps and costs as much as a small one; hooks of steps come with it.
+    # Says that torch's wrapper, which profiles a step and calls its hooks, is there. It costs as much as a small step.
     step.hooked = True  # type: ignore[attr-defined]
 
 

@@ -28,8 +28,8 @@ class Loss(NamedTuple):
         What is minimised: the mean over the minibatch's cells, a scalar to differentiate. The losses of an epoch weigh
         it by ``n``.
     per_cell
-        Loss of each cell, or a part of it that is finite only if the loss is, detached, shape ``(n,)``; it names the
-        cells whose loss is not finite. ``None`` if the module does not have it.
+        Loss of each cell, detached, shape ``(n,)``; it names the cells whose loss is not finite. ``None`` if the module
+        does not have it.
     n
         Number of cells.
     terms
@@ -80,13 +80,19 @@ class LossSums:
         self._n += loss.n
 
     def _add(self, name: str, value: torch.Tensor, weight: int) -> None:
-        # A CPU need not be waited for, and adds numbers faster than tensors of one.
-        added = value.item() if value.device.type == "cpu" else value.double()
-        self._sums[name] = self._sums.get(name, 0.0) + weight * added
+        if value.device.type == "cpu":
+            # It need not be waited for, and adds numbers faster than tensors of one.
+            self._sums[name] = self._sums.get(name, 0.0) + weight * value.item()
+            return
+        if name not in self._sums:
+            self._sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+        self._sums[name].add_(value, alpha=weight)  # type: ignore[union-attr]
 
     def is_finite(self) -> bool:
-        """Say whether every loss and term so far was finite; waits for the device."""
-        return all(math.isfinite(float(total)) for total in self._sums.values())
+        """Say whether every loss and term so far was finite; waits for the device, once."""
+        tensors = [total for total in self._sums.values() if isinstance(total, torch.Tensor)]
+        numbers = [total for total in self._sums.values() if not isinstance(total, torch.Tensor)]
+        return all(map(math.isfinite, numbers + (torch.stack(tensors).tolist() if tensors else [])))
 
     def pop(self, split: str) -> dict[str, float]:
         """Return the means per cell, as ``<split>_loss`` and ``<split>_<term>``, and start again."""

@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
     Attributes
     ----------
     total
-        Sum over cells, less penalties, to differentiate.
+        Sum over cells, less penalties, times the scale asked for, to differentiate.
     per_cell
         Log-likelihood of each cell, shape ``(n,)``.
     features

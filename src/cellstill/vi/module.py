@@ -239,7 +239,7 @@ class RegularizedVAE(nn.Module):
                 penalty = penalty if present is None else penalty * present
                 total, per_cell = total + kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
                 terms[self._term("hidden_sparsity", name)] = penalty.detach().sum()
-            likelihood, total = likelihood.to(summed) + summed, total + kl.sum()
+            likelihood, total = likelihood + summed, total + kl.sum()
             per_cell = per_cell - value + kl.detach()
             terms[self._term("reconstruction_loss", name)] = -value.sum()
             terms[self._term("kl_l", name)] = kl.detach().sum()
