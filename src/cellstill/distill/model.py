@@ -268,7 +268,7 @@ class Distiller(Getters, Analysis):
             the last digits of the loss.
         compile
             Compile the loops of the CPU: ``True`` does, which takes some seconds, once on a machine; ``False`` does
-            not; ``"auto"`` does where that pays, from 2e9 cells x genes x epochs on. Results agree to rounding.
+            not; ``"auto"`` does where that pays, from 1e9 cells x genes x epochs on. Results agree to rounding.
         progress
             Show progress bars; ``None`` shows them in a terminal. A function is called after each epoch, as
             ``progress(phase, epoch, losses)`` with ``phase`` ``"encoder"`` or ``"decoder"``.
