@@ -202,7 +202,7 @@ def test_budget_is_kept_for_small_classes(problem, space):
 
 @pytest.mark.parametrize("start", ["centroids", "random"])
 def test_matched_codes_beat_their_start_on_the_objective(problem, space, start):
-    config = MatchingConfig(n_steps=60, lr=0.03)
+    config = MatchingConfig(n_steps=100, lr=0.03)
     found = condense(problem, space, 1, counts="expected", start=start, matching=config)
     codes = labels_of_budget(problem.budget(1))
     label, n_classes = torch.from_numpy(codes), problem.n_classes
@@ -216,8 +216,8 @@ def test_matched_codes_beat_their_start_on_the_objective(problem, space, start):
     networks = space.decode, space.autoencoder.classify
     kept, _ = match_codes(first, label, problem.train, n_classes, *networks, config, seed=0)
     with torch.no_grad():
-        held_out = [outcome(state, problem.validation) for state in (first, kept[60])]
-        fitted = [outcome(state, problem.train) for state in (first, kept[60])]
+        held_out = [outcome(state, problem.validation) for state in (first, kept[100])]
+        fitted = [outcome(state, problem.train) for state in (first, kept[100])]
     assert fitted[1] < 0.97 * fitted[0]
     assert held_out[1] < held_out[0]
     assert found.history[start]["outcome"].iloc[-10:].mean() < found.history[start]["outcome"].iloc[:3].mean()
