@@ -139,11 +139,9 @@ class Autoencoder(nn.Module):
 
     def _likelihood(self, hidden: torch.Tensor, counts: CSRRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Negative log-likelihood, mean over cells and genes, and the log-likelihood of each cell."""
-        # A cell may lack all of the chosen genes.
-        output, log_size = self.decoder.output, counts.library_size().clamp(min=1).log()
+        output, scale = self.decoder.output, -1 / (counts.n_rows * self.n_vars)
         return negative_binomial_output(
-            *(hidden, output.weight, output.bias, counts, log_size, self.log_theta.exp()),
-            scale=-1 / (counts.n_rows * self.n_vars),
+            hidden, output.weight, output.bias, counts, None, self.log_theta.exp(), scale=scale
         )
 
     def _hidden(self, z: torch.Tensor) -> torch.Tensor:

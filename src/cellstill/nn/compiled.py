@@ -21,8 +21,8 @@ from cellstill.errors import InvalidArgumentError
 CompileMode = bool | Literal["auto"]
 
 WORTH_COMPILING = 1e9
-"""Values, cells x genes x epochs, at which ``compile="auto"`` compiles: what that saves, some 14 ns each, is then more
-than the 5 to 10 seconds that it takes."""
+"""Values, cells x genes x epochs, at which ``compile="auto"`` compiles: what that saves, 8 to 16 ns each, is then about
+what compiling takes, 5 to 10 seconds, or more."""
 
 _MIN_SHARE = 1 << 18
 """Fewest values for which one more thread is woken."""

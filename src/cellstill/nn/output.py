@@ -197,15 +197,13 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
     weight = torch.full_like(cells.value, scale) if cells.weight is None else cells.weight * scale
     group, grad_theta = cells.group if len(genes.theta) > 1 else None, genes.grad_theta.view(genes.theta.shape)
     theta = genes.theta if group is None else genes.theta[group]
-    # A weight that all cells share goes into the row of theta, where it costs next to nothing.
-    shared, own = (scale, None) if cells.weight is None else (1.0, weight[:, None])
     logits += genes.bias
     means = torch.softmax(logits, dim=1).mul_(size[:, None])
     share = means / theta
     at_zero = torch.log1p(share)
     share /= 1 + share
     cells.value.copy_((at_zero @ theta[0] if group is None else (at_zero * theta).sum(dim=1)).neg_())
-    grads = torch.mul(share, -shared * theta, out=logits)
+    grads = torch.mul(share, -theta, out=logits)
     share -= at_zero
     if group is None:
         grad_theta[0].add_(weight @ share)
@@ -220,16 +218,15 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
     value = log_rising_factorial(x.data, theta_at).sub_(torch.lgamma(x.data + 1))
     cells.value.add_(x.sum_rows(value.addcmul_(x.data, (mean_at * spread).log_())))
     rest = spread.mul_(x.data)
-    grads.view(-1).index_add_(0, where, rest * theta_at, alpha=shared)
+    grads.view(-1).index_add_(0, where, rest * theta_at)
     at_theta = digamma_difference(x.data, theta_at).sub_(rest).mul_(weight.index_select(0, rows))
     grad_theta.view(-1).index_add_(0, grouped, at_theta)
 
     common = grads.sum(dim=1)
     # The sum over all genes goes back through the normalisation.
     grads.addcmul_(means, (common / size)[:, None], value=-1)
-    if own is not None:
-        grads *= own
-    cells.grad_size.copy_(common if own is None else common * weight)
+    grads *= weight[:, None]
+    cells.grad_size.copy_(common * weight)
     genes.grad_bias.add_(grads.sum(dim=0))
 
 
