@@ -53,8 +53,23 @@ def shrunken_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray) 
     loc, scale, df
         As in :func:`prob_effect`.
     """
-    joint, mean, _ = _effect_posterior(loc, scale, df)
-    return (joint * mean).sum(axis=1)
+    return effect_moments(loc, scale, df)[1]
+
+
+def effect_moments(
+    loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each effect under the prior of :func:`prob_effect`: probability that it is not 0, posterior mean and variance.
+
+    Parameters
+    ----------
+    loc, scale, df
+        As in :func:`prob_effect`.
+    """
+    joint, means, variances = _effect_posterior(loc, scale, df)
+    mean = (joint * means).sum(axis=1)
+    variance = (joint * (variances + np.square(means))).sum(axis=1) - np.square(mean)
+    return joint.sum(axis=1), mean, np.maximum(variance, 0.0)
 
 
 def normal_scale(loc: np.ndarray, scale: np.ndarray, p_value: np.ndarray) -> np.ndarray:
