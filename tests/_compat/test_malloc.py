@@ -1,4 +1,4 @@
-"""What is freed stays at hand inside the block, and goes back at its end."""
+"""What is freed stays at hand inside the block, however many are nested in it, and goes back at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def steps():
 
 usual = faults(steps)
 with keeping_freed_memory():
-    steps()
+    with keeping_freed_memory():
+        steps()
     kept = faults(steps)
     held = int(open("/proc/self/statm").read().split()[1])
 after = int(open("/proc/self/statm").read().split()[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from cellstill.data import simulate_counts
@@ -46,6 +47,14 @@ def test_ratios_are_those_of_decoded_expression(free, target):
     np.testing.assert_allclose(
         found, whole(corrected_ratios(free._fitted(), free._cells(), codes, batch_size=1000)), rtol=1e-4
     )
+
+
+def test_cells_that_are_projected_once_are_encoded_alike(model):
+    fitted, cells = model._fitted(), model._cells()
+    masks = fitted.encoder.correction.draw_masks(torch.Generator().manual_seed(0))
+    known = fitted.encode(cells, batch_size=300, masks=masks, projected=fitted.project(cells))
+    np.testing.assert_array_equal(known, fitted.encode(cells, batch_size=300, masks=masks))
+    assert not np.allclose(known, fitted.encode(cells))
 
 
 def test_ratios_do_not_depend_on_the_condition_a_cell_is_told_to_have(model):

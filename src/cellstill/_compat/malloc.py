@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,10 @@ _TRIM, _MMAP = -1, -3
 _LARGEST_MMAP = 32 << 20
 _KEPT = 1 << 30
 
+# Also taken by a generator that is collected while it is held.
+_lock = threading.RLock()
+_open = 0
+
 
 @contextmanager
 def keeping_freed_memory() -> Iterator[None]:
@@ -20,18 +25,36 @@ def keeping_freed_memory() -> Iterator[None]:
 
     glibc hands a large block back as soon as it is freed; the next one comes as new pages, which the system fills with
     zeros first. With arrays of 10 MB in every step that takes a fifth to a third of the time of training. Other C
-    libraries and allocators are left alone. The setting holds for the whole process.
+    libraries and allocators are left alone. The setting holds for the whole process, until the last block that asks for
+    it ends.
     """
-    mallopt, trim = _glibc()
-    # Setting a threshold ends glibc's own adjustment of both, so at the end they are set to where that would lead.
-    mallopt(_MMAP, _KEPT)
-    mallopt(_TRIM, _KEPT)
+    _enter()
     try:
         yield
     finally:
-        mallopt(_MMAP, _LARGEST_MMAP)
-        mallopt(_TRIM, 2 * _LARGEST_MMAP)
-        trim(0)
+        _leave()
+
+
+def _enter() -> None:
+    global _open
+    mallopt, _ = _glibc()
+    with _lock:
+        _open += 1
+        if _open == 1:
+            mallopt(_MMAP, _KEPT)
+            mallopt(_TRIM, _KEPT)
+
+
+def _leave() -> None:
+    global _open
+    mallopt, trim = _glibc()
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            # Setting a threshold ends glibc's own adjustment of both, so they are set to where that would lead.
+            mallopt(_MMAP, _LARGEST_MMAP)
+            mallopt(_TRIM, 2 * _LARGEST_MMAP)
+            trim(0)
 
 
 @cache

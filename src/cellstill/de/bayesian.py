@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import polygamma, stdtrit
 
+from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.de.design import make_design
 from cellstill.de.draws import PRIOR_COUNTS, Draw, replicate_counts, replicate_rates
 from cellstill.de.floor import estimate_floor
@@ -220,13 +221,14 @@ def bayesian_de(
 
     n_draws = 0
     mean, squares, variance = (np.zeros(len(gene_names)) for _ in range(3))
-    for n_draws, draw in enumerate(draws, start=1):
-        log_rates = np.log2(replicate_rates(draw, units, gene_names, observed) + config.pseudo_rate)
-        residuals = log_rates - basis @ (basis.T @ log_rates)
-        variance += (np.square(residuals).sum(axis=0) / df - variance) / n_draws
-        change = weights @ log_rates - mean
-        mean += change / n_draws
-        squares += change**2 * (n_draws - 1) / n_draws
+    with keeping_freed_memory():
+        for n_draws, draw in enumerate(draws, start=1):
+            log_rates = np.log2(replicate_rates(draw, units, gene_names, observed) + config.pseudo_rate)
+            residuals = log_rates - basis @ (basis.T @ log_rates)
+            variance += (np.square(residuals).sum(axis=0) / df - variance) / n_draws
+            change = weights @ log_rates - mean
+            mean += change / n_draws
+            squares += change**2 * (n_draws - 1) / n_draws
     if n_draws < 2:
         raise InvalidArgumentError(f"draws held {n_draws}; at least 2 are needed to know how much they differ.")
 

@@ -70,11 +70,12 @@ def posterior_draws(
     subset = cells[wanted]
     covariates = fitted.design.encode(subset.obs)
     depth = np.asarray(subset.counts.sum(axis=1), dtype=np.float32)
+    projected = fitted.project(subset)
     generator = torch.Generator().manual_seed(how.seed)
     for _ in range(how.n_samples):
         encoder_masks = fitted.encoder.correction.draw_masks(generator)
         masks = fitted.decoder.network.draw_masks(generator)
-        latent = fitted.encode(subset, masks=encoder_masks)
+        latent = fitted.encode(subset, masks=encoder_masks, projected=projected)
         asked = (latent, covariates, subset.batch)
         decoded = fitted.rates(*asked, per_cell=True, batch_size=how.batch_size, masks=masks)
         ratios = batch_ratios(fitted, *asked, target, batch_size=how.batch_size, masks=masks)

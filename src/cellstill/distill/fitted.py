@@ -93,16 +93,29 @@ class Fitted:
         learned = [torch.from_numpy(vector).to(trained) for vector in self.query_batches.values()]
         return torch.cat([trained, *[vector[None] for vector in learned], trained.mean(dim=0, keepdim=True)])
 
-    def encode(self, cells: Cells, batch_size: int = 4096, masks: Masks | None = None) -> np.ndarray:
-        """Latent of cells, standardised per dimension, float32, shape ``(n, n_latent)``."""
+    def project(self, cells: Cells) -> np.ndarray:
+        """Coordinates that the encoder starts from, float32, shape ``(n, n_comps)``."""
+        return self.pca.transform(cells.encoded)
+
+    def encode(
+        self,
+        cells: Cells,
+        batch_size: int = 4096,
+        masks: Masks | None = None,
+        projected: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Latent of cells, standardised per dimension, float32, shape ``(n, n_latent)``.
+
+        ``projected`` is what :meth:`project` makes of the cells, where it is at hand.
+        """
         latent = np.empty((len(cells), len(self.center)), dtype=np.float32)
+        projected = self.project(cells) if projected is None else projected
         loader = CountsLoader(cells.encoded, batch_size=batch_size)
         with torch.inference_mode(), keeping_freed_memory():
             for start in range(0, len(cells), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(cells)))
                 batch = loader.gather(rows)
-                block = cells.encoded[rows[0] : rows[-1] + 1]
-                batch["pca"] = torch.from_numpy(self.pca.transform(block))
+                batch["pca"] = torch.from_numpy(projected[rows])
                 latent[rows] = self.encoder({k: v.to(self.device) for k, v in batch.items()}, masks).cpu().numpy()
         return latent
 
