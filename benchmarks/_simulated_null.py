@@ -46,6 +46,7 @@ def compare_nothing(kind: str, seed: int, method: str) -> dict[str, dict[str, An
 
     protected = [*covariates, contrast["groupby"]]
     model = Distiller(adata, batch_key="batch", covariate_keys=protected, seed=seed, **SETUP)
+    # As "auto" would for more cells: hundreds of runs share what is compiled once.
     model.train(accelerator="cpu", progress=False, compile=True)
     how: Mapping[str, Callable[[], Any]] = {
         "corrected": lambda: PseudobulkConfig(expression="corrected", covariate_keys=covariates),

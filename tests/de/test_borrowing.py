@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from cellstill.de import PseudobulkConfig, pseudobulk_de
+from cellstill.de import PseudobulkConfig, borrowing, pseudobulk_de
 from cellstill.de.borrowing import shared_effects
 from cellstill.de.posterior import expected_fdr, prob_effect
 from cellstill.errors import InvalidArgumentError
@@ -168,17 +168,41 @@ def test_an_effect_floor_and_borrowing_exclude_each_other():
 @pytest.mark.parametrize("correlation", [0.6, 0.8])
 @pytest.mark.parametrize("pattern", ["same", "not_in_the_last", "nothing"])
 def test_errors_that_levels_have_in_common_are_no_effects(pattern, correlation):
-    """However alike levels err, calls stay as they say, and a level without effects gets next to none."""
+    """Taken off on average, over what may move elsewhere and what does not, 7 and 75 genes are called in the last."""
     false, calls = np.zeros(4), np.zeros(4)
-    for seed in range(3):
+    for seed in range(4):
         true, effects, errors = draw(pattern, seed, correlation)
         is_called = called(effects, errors)
         false += (is_called & (true == 0)).sum(axis=0)
         calls += is_called.sum(axis=0)
-    moving = calls > 100
+    moving = calls > 200
     assert (false[moving] < 0.06 * calls[moving]).all()
-    assert (false[~moving] <= 6).all()
+    assert false[~moving].sum() <= (6 if correlation < 0.7 else 12)
     assert moving.sum() == {"same": 4, "not_in_the_last": 3, "nothing": 0}[pattern]
+
+
+def test_errors_that_are_known_hide_effects_no_longer(monkeypatch):
+    """Where levels move each for itself, their errors say most: without them 154 are found in the third, 25 falsely."""
+    found, false = (np.zeros(2) for _ in range(2))
+    for at, known in enumerate((False, True)):
+        if known:
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(borrowing, "_correlation_of_errors", lambda *_: 0.0)
+        for seed in range(4):
+            true, effects, errors = draw("unrelated", seed, correlation=0.9)
+            is_called = called(effects, errors)[:, 2]
+            found[at] += (is_called & (true[:, 2] != 0)).sum()
+            false[at] += (is_called & (true[:, 2] == 0)).sum()
+    assert found[1] > 1.15 * found[0]
+    assert (false / found)[1] < (false / found)[0]
+
+
+def test_levels_that_say_the_same_of_all_genes_are_no_reason_to_fail():
+    effects, errors = np.full((100, 2), 0.1), np.full((100, 2), 0.2)
+    mean, prob = shared_effects(effects, errors)
+    assert np.isfinite(mean).all()
+    assert np.isfinite(prob).all()
 
 
 def test_an_effect_of_unknown_sign_is_not_probable():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from cellstill.de.posterior import expected_fdr, normal_scale, prob_effect, shrunken_effect
+from cellstill.de.posterior import effect_if_any, expected_fdr, normal_scale, prob_effect, shrunken_effect
 from cellstill.de.variances import moderate_variances
 
 
@@ -109,3 +109,15 @@ def test_an_estimate_near_zero_is_not_taken_for_a_precise_one():
     loc = np.array([1e-6, 0.0, -0.01])
     scale = normal_scale(loc, error, 2 * stats.t.sf(np.abs(loc) / error, 8))
     np.testing.assert_allclose(scale, error)
+
+
+def test_an_effect_if_any_has_the_mean_and_spread_of_the_true_ones():
+    """Of effects from N(8, 1), half of them 0, measured with a normal error of 1: the closed form."""
+    rng, n = np.random.default_rng(0), 20000
+    estimate = np.where(rng.random(n) < 0.5, rng.normal(8, 1, n), 0.0) + rng.normal(size=n)
+    prob, mean, variance = effect_if_any(estimate, np.ones(n), 1e6)
+    there = (estimate > 6) & (estimate < 10)
+    assert (prob[there] > 0.99).all()
+    np.testing.assert_allclose(mean[there], (8 + estimate[there]) / 2, atol=0.2)
+    np.testing.assert_allclose(variance[there], 0.5, atol=0.15)
+    np.testing.assert_allclose(prob * mean, shrunken_effect(estimate, np.ones(n), 1e6), rtol=1e-10)

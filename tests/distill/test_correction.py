@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats
 
 from cellstill.data import simulate_counts
+from cellstill.data.pca import PCA
 from cellstill.de import BayesianConfig, PseudobulkConfig, StratifiedDEResult, bayesian_de, pseudobulk_sums
 from cellstill.distill.contrast import posterior_draws
 from cellstill.distill.correction import LARGEST_RATIO, batch_ratios, corrected_ratios
@@ -49,12 +49,20 @@ def test_ratios_are_those_of_decoded_expression(free, target):
     )
 
 
-def test_cells_that_are_projected_once_are_encoded_alike(model):
+def test_cells_are_projected_once_for_all_draws(model, monkeypatch):
     fitted, cells = model._fitted(), model._cells()
-    masks = fitted.encoder.correction.draw_masks(torch.Generator().manual_seed(0))
-    known = fitted.encode(cells, batch_size=300, masks=masks, projected=fitted.project(cells))
-    np.testing.assert_array_equal(known, fitted.encode(cells, batch_size=300, masks=masks))
-    assert not np.allclose(known, fitted.encode(cells))
+    latent = fitted.encode(cells)
+    blocks = [fitted.encode(cells[start : start + 300]) for start in range(0, len(cells), 300)]
+    np.testing.assert_allclose(fitted.encode(cells, projected=fitted.project(cells)), latent, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(blocks), latent, atol=1e-4)
+    assert not np.allclose(fitted.encode(cells, projected=np.zeros_like(fitted.project(cells))), latent)
+
+    projected, transform = [], PCA.transform
+    monkeypatch.setattr(PCA, "transform", lambda self, counts: projected.append(counts) or transform(self, counts))
+    wanted = np.arange(0, len(cells), 2)
+    for draw in posterior_draws(fitted, cells, wanted, [0], BayesianConfig(n_samples=3)):
+        assert sum(len(rows) for rows, *_ in draw) == len(wanted)
+    assert [counts.shape[0] for counts in projected] == [len(wanted)]
 
 
 def test_ratios_do_not_depend_on_the_condition_a_cell_is_told_to_have(model):

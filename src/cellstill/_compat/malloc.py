@@ -14,7 +14,7 @@ _TRIM, _MMAP = -1, -3
 _LARGEST_MMAP = 32 << 20
 _KEPT = 1 << 30
 
-# Also taken by a generator that is collected while it is held.
+# Reentrant: a generator that is collected while this thread holds it leaves its block.
 _lock = threading.RLock()
 _open = 0
 
@@ -41,7 +41,9 @@ def _enter() -> None:
     with _lock:
         _open += 1
         if _open == 1:
-            mallopt(_MMAP, _KEPT)
+            # Before 2.35 glibc takes no more than its own bound.
+            if not mallopt(_MMAP, _KEPT):
+                mallopt(_MMAP, _LARGEST_MMAP)
             mallopt(_TRIM, _KEPT)
 
 

@@ -53,23 +53,29 @@ def shrunken_effect(loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray) 
     loc, scale, df
         As in :func:`prob_effect`.
     """
-    return effect_moments(loc, scale, df)[1]
+    joint, mean, _ = _effect_posterior(loc, scale, df)
+    return (joint * mean).sum(axis=1)
 
 
-def effect_moments(
+def effect_if_any(
     loc: np.ndarray, scale: np.ndarray, df: float | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each effect under the prior of :func:`prob_effect`: probability that it is not 0, posterior mean and variance.
+    """Posterior of each effect under the prior of :func:`prob_effect`, in two parts: 0, or else what it then is.
 
     Parameters
     ----------
     loc, scale, df
         As in :func:`prob_effect`.
+
+    Returns
+    -------
+    Probability that the effect is not 0, and its mean and variance if so, each of shape ``(n_genes,)``.
     """
     joint, means, variances = _effect_posterior(loc, scale, df)
-    mean = (joint * means).sum(axis=1)
-    variance = (joint * (variances + np.square(means))).sum(axis=1) - np.square(mean)
-    return joint.sum(axis=1), mean, np.maximum(variance, 0.0)
+    prob = joint.sum(axis=1)
+    share = joint / np.maximum(prob, np.finfo(float).tiny)[:, None]
+    mean = (share * means).sum(axis=1)
+    return prob, mean, (share * (variances + np.square(means - mean[:, None]))).sum(axis=1)
 
 
 def normal_scale(loc: np.ndarray, scale: np.ndarray, p_value: np.ndarray) -> np.ndarray:

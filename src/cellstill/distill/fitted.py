@@ -109,13 +109,13 @@ class Fitted:
         ``projected`` is what :meth:`project` makes of the cells, where it is at hand.
         """
         latent = np.empty((len(cells), len(self.center)), dtype=np.float32)
-        projected = self.project(cells) if projected is None else projected
         loader = CountsLoader(cells.encoded, batch_size=batch_size)
         with torch.inference_mode(), keeping_freed_memory():
+            projected = self.project(cells) if projected is None else projected
             for start in range(0, len(cells), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(cells)))
                 batch = loader.gather(rows)
-                batch["pca"] = torch.from_numpy(projected[rows])
+                batch["pca"] = torch.from_numpy(projected[start : start + batch_size])
                 latent[rows] = self.encoder({k: v.to(self.device) for k, v in batch.items()}, masks).cpu().numpy()
         return latent
 
