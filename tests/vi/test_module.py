@@ -12,6 +12,7 @@ import torch
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.module import RegularizedVAE
+from cellstill.vi.networks import Trunk
 from cellstill.vi.start import start_from_data
 
 N = 60
@@ -184,6 +185,19 @@ def test_all_decoders_see_the_whole_latent(latent_mode):
     for name in counts:
         grad = torch.autograd.grad(module.modality(name).native(z, batch).sum(), z)[0]
         assert (grad.abs().sum(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("n_latent", [10, 128])
+def test_categories_speak_to_the_decoder_as_loudly_as_z_at_the_start(n_latent, columns):
+    """Or z learns to tell batches apart long before the decoder does."""
+    torch.manual_seed(0)
+    categories = {f"key_{i}": 50 for i in range(columns)}
+    trunk = Trunk(n_dense=n_latent, categories=categories, widths=[256], dropout=0.0)
+    z = torch.randn(500, n_latent)
+    of_z = (trunk.dense(z) - trunk.dense.bias).std(dim=0).mean()
+    of_categories = sum(shift[torch.randint(50, (500,))] for shift in trunk.shifts).std(dim=0).mean()
+    assert of_categories.item() == pytest.approx(of_z.item(), rel=0.1)
 
 
 @pytest.mark.parametrize("latent_mode", ["concatenation", "single_encoder"])
