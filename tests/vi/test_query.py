@@ -49,7 +49,8 @@ def parts():
 def reference(parts):
     adata = parts[0].copy()
     AmbientRegularizedSCVI.setup_anndata(adata, batch_key="batch", nn_conditioning_covariate_keys=["batch"])
-    model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=6)
+    # So small a model settles by its seed: new cells reach 0.71 to 0.99 of the ceiling of mixing, on average 0.86.
+    model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=6, seed=3)
     return model.train(max_epochs=50, batch_size=64, lr=8e-3, **FAST)
 
 
