@@ -166,7 +166,7 @@ def test_an_effect_floor_and_borrowing_exclude_each_other():
 
 
 @pytest.mark.parametrize("correlation", [0.6, 0.8])
-@pytest.mark.parametrize("pattern", ["same", "not_in_the_last", "nothing"])
+@pytest.mark.parametrize("pattern", ["same", "unrelated", "not_in_the_last", "nothing"])
 def test_errors_that_levels_have_in_common_are_no_effects(pattern, correlation):
     """Taken off on average, over what may move elsewhere and what does not, 7 and 75 genes are called in the last."""
     false, calls = np.zeros(4), np.zeros(4)
@@ -175,14 +175,14 @@ def test_errors_that_levels_have_in_common_are_no_effects(pattern, correlation):
         is_called = called(effects, errors)
         false += (is_called & (true == 0)).sum(axis=0)
         calls += is_called.sum(axis=0)
-    moving = calls > 200
-    assert (false[moving] < 0.06 * calls[moving]).all()
-    assert false[~moving].sum() <= (6 if correlation < 0.7 else 12)
-    assert moving.sum() == {"same": 4, "not_in_the_last": 3, "nothing": 0}[pattern]
+    moving = {"same": 4, "unrelated": 3, "not_in_the_last": 3, "nothing": 0}[pattern]
+    assert (calls[:moving] > 150).all()
+    assert (false[:moving] < (0.085 if pattern == "unrelated" else 0.06) * calls[:moving]).all()
+    assert false[moving:].sum() <= (3 if correlation < 0.7 else 12)
 
 
 def test_errors_that_are_known_hide_effects_no_longer(monkeypatch):
-    """Where levels move each for itself, their errors say most: without them 154 are found in the third, 25 falsely."""
+    """Where levels move each for itself, their errors say most: 154 are found in the third without, 203 with them."""
     found, false = (np.zeros(2) for _ in range(2))
     for at, known in enumerate((False, True)):
         if known:
@@ -195,7 +195,8 @@ def test_errors_that_are_known_hide_effects_no_longer(monkeypatch):
             found[at] += (is_called & (true[:, 2] != 0)).sum()
             false[at] += (is_called & (true[:, 2] == 0)).sum()
     assert found[1] > 1.15 * found[0]
-    assert (false / found)[1] < (false / found)[0]
+    assert false[1] <= 1.1 * false[0]
+    assert false[1] / (found + false)[1] < 0.13
 
 
 def test_levels_that_say_the_same_of_all_genes_are_no_reason_to_fail():

@@ -49,8 +49,11 @@ def parts():
 def reference(parts):
     adata = parts[0].copy()
     AmbientRegularizedSCVI.setup_anndata(adata, batch_key="batch", nn_conditioning_covariate_keys=["batch"])
-    # So small a model settles by its seed: new cells reach 0.71 to 0.99 of the ceiling of mixing, on average 0.86.
-    model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=6, seed=3)
+    return small_reference(adata)
+
+
+def small_reference(adata, seed=0):
+    model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=6, seed=seed)
     return model.train(max_epochs=50, batch_size=64, lr=8e-3, **FAST)
 
 
@@ -78,11 +81,19 @@ def mapped(reference, parts):
 
 
 def test_new_cells_find_their_kind_and_mix(reference, mapped, parts):
+    """On average over three models: one so small mixes by its seed, 0.71 to 0.99 of the ceiling in six of them."""
     known, new = (one.obs["cell_type"].astype(str) for one in parts)
-    z, query = reference.get_latent_representation(), mapped.get_latent_representation()
-    assert KNeighborsClassifier(15).fit(z, known).score(query, new) > 0.98
-    together, origin = np.vstack([z, query]), np.repeat(["reference", "query"], [len(z), len(query)])
-    assert ilisi(together, origin) > 0.8 * ilisi_ceiling(together, origin)
+    pairs = [(reference.get_latent_representation(), mapped.get_latent_representation())]
+    for seed in (1, 2):
+        other = small_reference(reference.adata, seed)
+        pairs.append((other.get_latent_representation(), other.get_latent_representation(parts[1])))
+    accuracy, mixing = [], []
+    for z, query in pairs:
+        accuracy.append(KNeighborsClassifier(15).fit(z, known).score(query, new))
+        together, origin = np.vstack([z, query]), np.repeat(["reference", "query"], [len(z), len(query)])
+        mixing.append(ilisi(together, origin) / ilisi_ceiling(together, origin))
+    assert np.mean(accuracy) > 0.98
+    assert np.mean(mixing) > 0.8
 
 
 def test_known_cells_stay_where_they_were(reference, mapped, parts):

@@ -47,9 +47,10 @@ def borrow_strength(found: StratifiedDEResult) -> StratifiedDEResult:
     estimated by EM **from the level itself**: they say how often genes that move elsewhere move here, and how far, so
     that nothing is borrowed by a level that does not share.
 
-    Levels with common donors err alike. With :math:`r` the correlation of errors over genes that move in neither (an
-    underestimate by a tenth to a fifth, because only small ones are looked at; 0 if they are fewer than 50, and at most
-    0.9), the estimate is the level's effect and the error that it shares with the others,
+    Levels with common donors err alike. With :math:`r` the correlation of errors over genes that move in neither (too
+    low by a fifth where it is small and by a twentieth where it is large, because only small errors are looked at; 0 if
+    they are fewer than 50, and at most 0.9), the estimate is the level's effect and the error that it shares with the
+    others,
 
     .. math::
 
@@ -59,8 +60,10 @@ def borrow_strength(found: StratifiedDEResult) -> StratifiedDEResult:
         s_g^2 (1 - r^2 + r^2 \min(1, v_g / \sigma_g^2))\right) & q_g
         \end{cases}
 
-    where nothing, or something, moves elsewhere. Both are kept: taken off on average, the errors of genes that may or
-    may not move elsewhere come back as effects here.
+    where nothing, or something, moves elsewhere; the mixture of :math:`\beta_g` is the same. Both cases are kept: taken
+    off on average, the errors of genes that may or may not move elsewhere come back as effects here. The minimum is for
+    large effects, whose variance is not exact. Simulated, the share of false calls at 5 % is at most 8 % up to
+    :math:`r = 0.8`, and 10 % at 0.9 where every level has effects of its own.
 
     Multivariate adaptive shrinkage (Urbut et al., Nat. Genet. 51:187, 2019) has one mixture for all levels; tried in
     its place, it called 7 to 17 % false at 5 % where effects were shared by some levels only, and genes of the others
