@@ -62,8 +62,8 @@ def borrow_strength(found: StratifiedDEResult) -> StratifiedDEResult:
 
     where nothing, or something, moves elsewhere; the mixture of :math:`\beta_g` is the same. Both cases are kept: taken
     off on average, the errors of genes that may or may not move elsewhere come back as effects here. The minimum is for
-    large effects, whose variance is not exact. Simulated, the share of false calls at 5 % is at most 8 % up to
-    :math:`r = 0.8`, and 10 % at 0.9 where every level has effects of its own.
+    large effects, whose variance is not exact. Simulated, at most 8 % of the calls at 5 % in levels with effects
+    are false up to :math:`r = 0.8`, and 10 % at 0.9 where each has effects of its own.
 
     Multivariate adaptive shrinkage (Urbut et al., Nat. Genet. 51:187, 2019) has one mixture for all levels; tried in
     its place, it called 7 to 17 % false at 5 % where effects were shared by some levels only, and genes of the others

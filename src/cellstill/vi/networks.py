@@ -48,8 +48,8 @@ class Trunk(nn.Module):
         width, self.dropout, self.columns = widths[0], dropout, list(categories or ())
         self.sparse = nn.ModuleList([SparseLinear(n, width) for n in n_sparse])
         self.dense = nn.Linear(n_dense, width) if n_dense else None
-        # A decoder hears them as spread as all of z. As one input among many dimensions they are learned from so slowly
-        # that z comes to tell batches apart.
+        # A decoder hears categories as spread as all of z. As one input among many dimensions they are learned from so
+        # slowly that z comes to tell batches apart.
         bound = (n_dense + len(self.columns) + 1) ** -0.5 if n_sparse else max(len(self.columns), 1) ** -0.5
         self.shifts = nn.ParameterList(
             [nn.Parameter(torch.empty(n, width).uniform_(-bound, bound)) for n in (categories or {}).values()]
