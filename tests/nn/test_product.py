@@ -49,15 +49,31 @@ def test_product_and_gradient(counts, index, mode, n_threads):
     assert not found[4].any(), "an empty row is a row"
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_the_order_by_column_is_that_of_scipy(counts, index):
-    columns, x = counts.tocsc(), rows(counts, index)
-    for mode in (False, True):
-        with compiled(mode):
-            found = product._columns(x)
-        for part, known in zip(found, (columns.data, columns.indices, columns.indptr), strict=True):
-            np.testing.assert_array_equal(part, known)
-        assert {part.dtype for part in found[1:]} <= {torch.int32, index}
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("genes", [1, 7, 70], ids="{} genes a block".format)
+def test_blocks_and_threads_change_nothing(counts, genes, n_threads, monkeypatch):
+    """Blocks of genes that do not divide their number, and rows whose genes are in no order."""
+    monkeypatch.setattr(product, "_IN_CACHE", 9 * genes)
+    monkeypatch.setattr(module, "_MIN_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    mixed = counts.copy()
+    for row in range(0, 31, 3):
+        own = slice(*mixed.indptr[row : row + 2])
+        order = np.random.default_rng(row).permutation(own.stop - own.start)
+        mixed.indices[own], mixed.data[own] = mixed.indices[own][order], mixed.data[own][order]
+    matrix, outer = torch.randn(70, 9), torch.randn(31, 9)
+    with compiled(True):
+        found = product.rows_times(rows(mixed), matrix), product.columns_times(rows(mixed), outer)
+    np.testing.assert_allclose(found[0], counts @ matrix.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], counts.T @ outer.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
+def test_a_matrix_of_doubles_keeps_them(counts, mode):
+    matrix = torch.randn(70, 9, dtype=torch.float64)
+    with compiled(mode):
+        found = product.rows_times(rows(counts), matrix)
+    np.testing.assert_allclose(found, counts.astype(np.float64) @ matrix.numpy(), rtol=1e-12)
 
 
 def test_density_and_size_decide():
@@ -124,9 +140,9 @@ def test_an_error_in_a_thread_comes_back(monkeypatch):
         share_out(fail, 4, 1 << 20)
 
 
-def test_without_gradients_the_columns_are_not_ordered(counts, monkeypatch):
+def test_without_gradients_the_columns_are_left_alone(counts, monkeypatch):
     matrix = torch.randn(70, 9, requires_grad=True)
     with_gradient = sparse_product(rows(counts), matrix)
-    monkeypatch.setattr(product, "_columns", lambda x: pytest.fail("ordered for a gradient that nobody wants"))
+    monkeypatch.setattr(product, "columns_times", lambda *_: pytest.fail("a gradient that nobody wants"))
     with torch.no_grad():
         torch.testing.assert_close(sparse_product(rows(counts), matrix), with_gradient.detach())

@@ -66,24 +66,6 @@ def normed_relu_backward(start, stop, grad, scale, out, standard, inverse, grad_
 
 
 @_compile
-def order_by_column(data, indices, indptr, n_vars):
-    """Order the non-zeros of CSR rows by column: values, rows, and where each column begins."""
-    values, rows = np.empty_like(data), np.empty_like(indices)
-    # Counts two places on; summed, one place on is where the next non-zero of a column goes.
-    starts = np.zeros(n_vars + 2, indptr.dtype)
-    for k in range(indices.size):
-        starts[indices[k] + 2] += 1
-    for j in range(2, starts.size):
-        starts[j] += starts[j - 1]
-    for i in range(indptr.size - 1):
-        for k in range(indptr[i], indptr[i + 1]):
-            place = starts[indices[k] + 1]
-            starts[indices[k] + 1] = place + 1
-            rows[place], values[place] = i, data[k]
-    return values, rows, starts[:-1]
-
-
-@_compile
 def _random_words(seed, n):
     words = np.empty(n, np.uint64)
     for k in range(n):

@@ -71,13 +71,14 @@ class Loops(NamedTuple):
 
     Attributes
     ----------
-    counts, layers, optimizer
-        For the likelihood of counts, for hidden layers, and for the step of the optimiser.
+    counts, layers, optimizer, products
+        For the likelihood of counts, for hidden layers, for the step of the optimiser, and for products of sparse rows.
     """
 
     counts: ModuleType
     layers: ModuleType
     optimizer: ModuleType
+    products: ModuleType
 
 
 def kernels(device: torch.device) -> Loops | None:
@@ -103,13 +104,13 @@ def _threads(n: int) -> ThreadPoolExecutor:
 def loops() -> Loops:
     """Load the compiled loops, or compile them, and say so."""
     with _lock:
-        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels
+        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels, _product_kernels
 
         folder = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
         forget_stale(folder, Path(__file__).parent.glob("*_kernels.py"))
         if not any(folder.glob("_kernels.negative_binomial_rows-*.nbi")):
             _log.warning("Compiling the loops of the CPU: some seconds, once on this machine.")
-        found = Loops(_kernels, _layer_kernels, _optimizer_kernels)
+        found = Loops(_kernels, _layer_kernels, _optimizer_kernels, _product_kernels)
         _run_all(found)
         return found
 
@@ -134,11 +135,11 @@ def _run_all(found: Loops) -> None:
         *(one.copy(), one.copy(), row.copy(), one.copy()),
     )
     layers = found.layers
-    layers.order_by_column(one, gene, starts, 1)
-    layers.order_by_column(one, gene.astype(np.int64), starts.astype(np.int64), 1)
     layers.drop(one, 0, 0, 1.0)
     layers.normed_relu(0, 1, one, one, one, 1e-5, row.copy(), row.copy(), one.copy())
     layers.normed_relu_backward(0, 1, row, one, row, row, one, row.copy(), np.zeros((3, 1), np.float32))
+    found.products.rows_times(0, 1, one, gene, starts, row, 1, row.copy())
+    found.products.columns_times(0, 1, one, gene, starts, row, 1, row.copy())
     nothing = np.empty((0, 6), np.int64)
     found.optimizer.count_steps(nothing)
     found.optimizer.adamw(0, 1, nothing, np.empty((0, 5)))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import scipy.sparse as sp
 import torch
 
-from cellstill.nn.compiled import kernels
+from cellstill.nn.compiled import kernels, share_out
 from cellstill.nn.sparse import CSRRows
 
 _LARGE = 1 << 20
 """Entries of a matrix that no longer fits in the cache of a core."""
+
+
+_IN_CACHE = 50_000
+"""Numbers, 200 KB, that stay in the cache of a core."""
 
 
 def sparse_pays(x: CSRRows, matrix: torch.Tensor) -> bool:
@@ -48,12 +54,33 @@ class _SparseProduct(torch.autograd.Function):
 
 def rows_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     """``x @ matrix``, without gradient."""
-    return _weighted_sums(matrix, x.data, x.indices, x.indptr)
+    loops = _loops(x, matrix)
+    if loops is None:
+        return _weighted_sums(matrix, x.data, x.indices, x.indptr)
+    return _in_blocks(loops.rows_times, x, matrix, x.n_rows)
 
 
 def columns_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     """``x.T @ matrix``, without gradient."""
-    return _weighted_sums(matrix, *_columns(x))
+    loops = _loops(x, matrix)
+    if loops is None:
+        return _weighted_sums(matrix, *_columns(x))
+    return _in_blocks(loops.columns_times, x, matrix, x.n_vars)
+
+
+def _loops(x: CSRRows, matrix: torch.Tensor) -> ModuleType | None:
+    found = kernels(matrix.device)
+    return None if found is None or {x.data.dtype, matrix.dtype} != {torch.float32} else found.products
+
+
+def _in_blocks(loop: Callable[..., None], x: CSRRows, matrix: torch.Tensor, n: int) -> torch.Tensor:
+    out = matrix.new_empty((n, matrix.shape[1]))
+    # What takes its turn is a block of rows with one for each gene: of the matrix, or of what is made of it.
+    block = max(1, _IN_CACHE // max(1, matrix.shape[1]))
+    rows = (x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy())
+    known, made = matrix.detach().contiguous().numpy(), out.numpy()
+    share_out(lambda start, stop: loop(start, stop, *rows, known, block, made), n, x.data.numel() * matrix.shape[1])
+    return out
 
 
 def _weighted_sums(
@@ -66,10 +93,6 @@ def _weighted_sums(
 def _columns(x: CSRRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Order the non-zeros by column: data, rows, and where each column begins."""
     arrays = tuple(part.cpu().numpy() for part in (x.data, x.indices, x.indptr))
-    loops = kernels(x.data.device)
-    if loops is None:
-        columns = sp.csr_matrix(arrays, shape=(x.n_rows, x.n_vars)).tocsc()
-        ordered = (columns.data, columns.indices, columns.indptr)
-    else:
-        ordered = loops.layers.order_by_column(*arrays, x.n_vars)
+    columns = sp.csr_matrix(arrays, shape=(x.n_rows, x.n_vars)).tocsc()
+    ordered = (columns.data, columns.indices, columns.indptr)
     return tuple(torch.from_numpy(part).to(x.data.device) for part in ordered)  # type: ignore[return-value]
