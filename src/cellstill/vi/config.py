@@ -117,7 +117,7 @@ class VAEConfig:
     library: str | None = None
     n_continuous: int = 0
     latent_mode: LatentMode = "concatenation"
-    dropout: float = 0.1
+    dropout: float = 0.0
     encoder_input: Literal["log1p", "normalized"] = "normalized"
     library_hidden: int = 16
     library_variance_weight: float = 0.5

@@ -46,7 +46,9 @@ class AmbientRegularizedSCVI(Analysis):
     n_latent
         Dimensions of z. They start at the prior, and those that are not needed stay there.
     dropout_rate
-        Probability of dropping an input of a hidden layer. Larger regularises more.
+        Probability of dropping an input of a hidden layer; categories are never dropped. Larger regularises more, and
+        cells of one type come to lie less close together. 0, the default, leaves it to the priors, with cells that were
+        set aside as likely as at 0.1.
     background
         Ambient background of each category of the ambient covariates: ``"profile"`` is a share of the counts, found in
         the genes that some cells lack, with about the composition of all cells
@@ -133,7 +135,7 @@ class AmbientRegularizedSCVI(Analysis):
         n_hidden: int = 512,
         n_latent: int = 128,
         n_layers: int = 1,
-        dropout_rate: float = 0.1,
+        dropout_rate: float = 0.0,
         background: Background | Literal[False] = "profile",
         ambient_rate: Rate = None,
         use_feature_scaling: bool | None = None,

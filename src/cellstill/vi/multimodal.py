@@ -85,7 +85,7 @@ class RegularizedMultimodalVI(Analysis):
         n_hidden: int | Mapping[str, int] = 512,
         n_latent: int | Mapping[str, int] = 128,
         n_layers: int | Mapping[str, int] = 1,
-        dropout_rate: float = 0.1,
+        dropout_rate: float = 0.0,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
         ambient_rate: Rate = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
