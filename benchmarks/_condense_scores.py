@@ -64,9 +64,12 @@ class Scores:
             rows = rows[[pair in runs for pair in zip(rows["set"], rows["seed"], strict=True)]]
         return None if rows.empty else float(rows.groupby("set")[column].mean().mean())
 
-    def gap(self, method: str, size: int, column: str = "retention") -> float | None:
-        """Mean score of the evaluators that a method trained with or chose by, minus that of the others."""
-        seen = next(iter(self._evaluations.values())).trained_with.get(method, ())
+    def gap(self, method: str, size: int, column: str = "retention", *, judges_of: str | None = None) -> float | None:
+        """Mean score of the evaluators that a method trained with or chose by, minus that of the others.
+
+        ``judges_of`` takes the evaluators that another method trained with or chose by.
+        """
+        seen = next(iter(self._evaluations.values())).trained_with.get(judges_of or method, ())
         found = self.of(method, size).groupby(["set", "evaluator"])[column].mean().groupby("evaluator").mean()
         inside = found.index.isin(seen)
         return None if inside.all() or not inside.any() else float(found[inside].mean() - found[~inside].mean())

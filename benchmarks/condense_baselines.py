@@ -231,7 +231,10 @@ def check_retention(scores: Scores, options: Options) -> list[Check]:
                 note = "not run" if ahead is None else _interval(name, ahead)
                 checks.append(Check(f"macro-F1 ahead of {name}, {size} per class", value, ">=", 0.08, note))
         gap, of_best = scores.gap(OURS, size), scores.gap(OURS, size, "retention_of_best")
-        note = "evaluators that chose, less the others" + ("" if of_best is None else f"; of best: {of_best:.3f}")
+        of_random = scores.gap("random", size, judges_of=OURS)
+        besides = {"of best": of_best, "of random cells": of_random}
+        known = [f"{what}: {value:.3f}" for what, value in besides.items() if value is not None]
+        note = "; ".join(["evaluators that chose, less the others", *known])
         checks.append(Check(f"cross-architecture gap, {size} per class", gap, "<=", 0.03, note))
         checks.append(_rare(scores, options, size))
     return checks
