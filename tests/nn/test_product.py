@@ -33,9 +33,10 @@ def counts():
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("n_threads", [1, 2])
-def test_product_and_gradient(counts, index, mode, n_threads):
+def test_product_and_gradient(counts, index, mode, n_threads, monkeypatch):
     matrix = torch.randn(70, 9, requires_grad=True)
     outer = torch.randn(31, 9)
+    monkeypatch.setattr(module, "_MIN_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
@@ -50,9 +51,9 @@ def test_product_and_gradient(counts, index, mode, n_threads):
 
 
 @pytest.mark.parametrize("n_threads", [1, 3])
-@pytest.mark.parametrize("genes", [1, 7, 70], ids="{} genes a block".format)
+@pytest.mark.parametrize("genes", [1, 8, 100], ids="{} genes a block".format)
 def test_blocks_and_threads_change_nothing(counts, genes, n_threads, monkeypatch):
-    """Blocks of genes that do not divide their number, and rows whose genes are in no order."""
+    """Blocks of genes that do not divide their number, rows whose genes are in no order, and a gene named twice."""
     monkeypatch.setattr(product, "_IN_CACHE", 9 * genes)
     monkeypatch.setattr(module, "_MIN_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
@@ -61,6 +62,8 @@ def test_blocks_and_threads_change_nothing(counts, genes, n_threads, monkeypatch
         own = slice(*mixed.indptr[row : row + 2])
         order = np.random.default_rng(row).permutation(own.stop - own.start)
         mixed.indices[own], mixed.data[own] = mixed.indices[own][order], mixed.data[own][order]
+    mixed.indices[mixed.indptr[7] + 1] = mixed.indices[mixed.indptr[7]]
+    counts = sp.csr_matrix(mixed.toarray())
     matrix, outer = torch.randn(70, 9), torch.randn(31, 9)
     with compiled(True):
         found = product.rows_times(rows(mixed), matrix), product.columns_times(rows(mixed), outer)
@@ -68,12 +71,40 @@ def test_blocks_and_threads_change_nothing(counts, genes, n_threads, monkeypatch
     np.testing.assert_allclose(found[1], counts.T @ outer.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_matrix_of_doubles_keeps_them(counts):
+    """The compiled loops are of single precision."""
+    matrix, outer = torch.randn(70, 9, dtype=torch.float64), torch.randn(31, 9, dtype=torch.float64)
+    with compiled(True):
+        found = product.rows_times(rows(counts), matrix), product.columns_times(rows(counts), outer)
+        assert product._loops(rows(counts), matrix) is None
+        assert product._loops(rows(counts), matrix.float()) is not None
+    np.testing.assert_allclose(found[0], counts.astype(np.float64) @ matrix.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(found[1], counts.T.astype(np.float64) @ outer.numpy(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
-def test_a_matrix_of_doubles_keeps_them(counts, mode):
-    matrix = torch.randn(70, 9, dtype=torch.float64)
+def test_nothing_times_a_matrix_and_a_matrix_turned_around(counts, mode):
+    nothing, matrix = sp.csr_matrix((0, 70), dtype=np.float32), torch.randn(9, 70).t()
     with compiled(mode):
-        found = product.rows_times(rows(counts), matrix)
-    np.testing.assert_allclose(found, counts.astype(np.float64) @ matrix.numpy(), rtol=1e-12)
+        assert product.rows_times(rows(nothing), matrix).shape == (0, 9)
+        assert not product.columns_times(rows(nothing), torch.empty(0, 9)).any()
+        np.testing.assert_allclose(
+            product.rows_times(rows(counts), matrix), counts @ matrix.numpy(), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_matrix_of_another_size_is_refused(counts):
+    with compiled(True):
+        for function in (product.rows_times, product.columns_times):
+            with pytest.raises(ValueError, match="a matrix of 30 rows cannot be multiplied"):
+                function(rows(counts), torch.randn(30, 9))
+
+
+def test_a_second_derivative_is_refused(counts):
+    matrix = torch.randn(70, 9, requires_grad=True)
+    first = torch.autograd.grad(sparse_product(rows(counts), matrix).square().sum(), matrix, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_density_and_size_decide():
@@ -140,9 +171,11 @@ def test_an_error_in_a_thread_comes_back(monkeypatch):
         share_out(fail, 4, 1 << 20)
 
 
-def test_without_gradients_the_columns_are_left_alone(counts, monkeypatch):
+def test_a_product_that_is_not_differentiated_is_the_same(counts):
     matrix = torch.randn(70, 9, requires_grad=True)
     with_gradient = sparse_product(rows(counts), matrix)
-    monkeypatch.setattr(product, "columns_times", lambda *_: pytest.fail("a gradient that nobody wants"))
+    assert with_gradient.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(sparse_product(rows(counts), matrix), with_gradient.detach())
+        without = sparse_product(rows(counts), matrix)
+    assert not without.requires_grad
+    assert torch.equal(without, with_gradient)

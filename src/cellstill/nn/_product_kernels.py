@@ -14,7 +14,10 @@ from cellstill.nn._kernels import _F, _compile, _inline
 
 @_compile
 def rows_times(start, stop, data, indices, indptr, matrix, block, out):
-    """Fill the rows ``start`` to ``stop`` of ``out`` with those of ``x @ matrix``, ``block`` genes at a time."""
+    """Fill the rows ``start`` to ``stop`` of ``out`` with those of ``x @ matrix``, ``block`` genes at a time.
+
+    A cell whose genes are in no order waits at the first that is out of turn; the last block takes what is left.
+    """
     n = matrix.shape[1]
     reached = indptr[:-1].copy()
     out[start:stop] = _F(0)
@@ -26,10 +29,8 @@ def rows_times(start, stop, data, indices, indptr, matrix, block, out):
             reached[i] = end
             while k + 3 < end:
                 a, b, c, d = data[k], data[k + 1], data[k + 2], data[k + 3]
-                of_a, of_b, of_c, of_d = (
-                    *(matrix[indices[k]], matrix[indices[k + 1]]),
-                    *(matrix[indices[k + 2]], matrix[indices[k + 3]]),
-                )
+                of_a, of_b = matrix[indices[k]], matrix[indices[k + 1]]
+                of_c, of_d = matrix[indices[k + 2]], matrix[indices[k + 3]]
                 for j in range(n):
                     row[j] += a * of_a[j] + b * of_b[j] + c * of_c[j] + d * of_d[j]
                 k += 4
@@ -56,7 +57,7 @@ def columns_times(start, stop, data, indices, indptr, matrix, block, out):
                 k += 1
             reached[i] = k
     for i in range(n):
-        # The genes of these do not follow the blocks.
+        # Cells whose genes are in no order.
         for k in range(indptr[i], indptr[i] if is_sorted[i] else indptr[i + 1]):
             if start <= indices[k] < stop:
                 _add(data[k], matrix[i], out[indices[k]])

@@ -8,6 +8,7 @@ from typing import Any
 
 import scipy.sparse as sp
 import torch
+from torch.autograd.function import once_differentiable
 
 from cellstill.nn.compiled import kernels, share_out
 from cellstill.nn.sparse import CSRRows
@@ -48,6 +49,7 @@ class _SparseProduct(torch.autograd.Function):
         return rows_times(x, matrix)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return columns_times(ctx.x, grads[0].contiguous()), None
 
@@ -57,7 +59,7 @@ def rows_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     loops = _loops(x, matrix)
     if loops is None:
         return _weighted_sums(matrix, x.data, x.indices, x.indptr)
-    return _in_blocks(loops.rows_times, x, matrix, x.n_rows)
+    return _in_blocks(loops.rows_times, x, matrix, x.n_vars, x.n_rows)
 
 
 def columns_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ def columns_times(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
     loops = _loops(x, matrix)
     if loops is None:
         return _weighted_sums(matrix, *_columns(x))
-    return _in_blocks(loops.columns_times, x, matrix, x.n_vars)
+    return _in_blocks(loops.columns_times, x, matrix, x.n_rows, x.n_vars)
 
 
 def _loops(x: CSRRows, matrix: torch.Tensor) -> ModuleType | None:
@@ -73,13 +75,16 @@ def _loops(x: CSRRows, matrix: torch.Tensor) -> ModuleType | None:
     return None if found is None or {x.data.dtype, matrix.dtype} != {torch.float32} else found.products
 
 
-def _in_blocks(loop: Callable[..., None], x: CSRRows, matrix: torch.Tensor, n: int) -> torch.Tensor:
-    out = matrix.new_empty((n, matrix.shape[1]))
-    # What takes its turn is a block of rows with one for each gene: of the matrix, or of what is made of it.
+def _in_blocks(loop: Callable[..., None], x: CSRRows, matrix: torch.Tensor, n: int, n_out: int) -> torch.Tensor:
+    if len(matrix) != n:
+        # The loops look at no bounds.
+        raise ValueError(f"a matrix of {len(matrix)} rows cannot be multiplied; {n} are needed.")
+    out = matrix.new_empty((n_out, matrix.shape[1]))
+    # As many genes as have their rows, of the matrix or of the product, in the cache together.
     block = max(1, _IN_CACHE // max(1, matrix.shape[1]))
     rows = (x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy())
     known, made = matrix.detach().contiguous().numpy(), out.numpy()
-    share_out(lambda start, stop: loop(start, stop, *rows, known, block, made), n, x.data.numel() * matrix.shape[1])
+    share_out(lambda start, stop: loop(start, stop, *rows, known, block, made), n_out, x.data.numel() * matrix.shape[1])
     return out
 
 
