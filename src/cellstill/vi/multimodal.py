@@ -60,7 +60,10 @@ class RegularizedMultimodalVI(Analysis):
         ``"concatenation"``: each modality has a part of z, in the order of the names. ``"weighted_mean"``: one z, the
         mean of the modalities' posteriors with learned weights, for which all have the same ``n_latent``.
         ``"single_encoder"``: one z of one encoder, for which all have the same sizes.
-    dropout_rate, use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
+    dropout_rate
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`, but 0.1 by default: decoders learn to do without some of z, such as the part of a modality that a cell
+        lacks.
+    use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
     regularise_background, regularise_dispersion, native_sparsity, decoder_weight_l2, theta_sampling, seed
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
@@ -85,7 +88,7 @@ class RegularizedMultimodalVI(Analysis):
         n_hidden: int | Mapping[str, int] = 512,
         n_latent: int | Mapping[str, int] = 128,
         n_layers: int | Mapping[str, int] = 1,
-        dropout_rate: float = 0.0,
+        dropout_rate: float = 0.1,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
         ambient_rate: Rate = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
