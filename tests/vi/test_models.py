@@ -269,6 +269,12 @@ def test_rna_alone_is_the_case_of_one_modality():
     one = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=2)
     other = RegularizedMultimodalVI(mdata, **SMALL).train(max_epochs=2)
     np.testing.assert_array_equal(one.get_latent_representation(), other.get_latent_representation())
+    assert one.module.config.dropout == other.module.config.dropout == 0
+
+
+def test_several_modalities_learn_to_do_without_some_of_z(joint):
+    assert joint.module.config.dropout == 0.1
+    assert RegularizedMultimodalVI(joint.adata, dropout_rate=0.0, **SMALL).module.config.dropout == 0
 
 
 def test_roles_decide_what_modalities_have(joint):

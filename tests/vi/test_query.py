@@ -53,7 +53,7 @@ def reference(parts):
 
 
 def small_reference(adata, seed=0):
-    model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=6, seed=seed)
+    model = AmbientRegularizedSCVI(adata, n_hidden=64, n_latent=16, seed=seed)
     return model.train(max_epochs=50, batch_size=64, lr=8e-3, **FAST)
 
 
@@ -81,7 +81,7 @@ def mapped(reference, parts):
 
 
 def test_new_cells_find_their_kind_and_mix(reference, mapped, parts):
-    """On average over three models: one so small mixes by its seed, 0.71 to 0.99 of the ceiling in six of them."""
+    """On average over three models: one so small mixes by its seed, 0.85 to 0.98 of the ceiling in six of them."""
     known, new = (one.obs["cell_type"].astype(str) for one in parts)
     pairs = [(reference.get_latent_representation(), mapped.get_latent_representation())]
     for seed in (1, 2):
@@ -92,8 +92,8 @@ def test_new_cells_find_their_kind_and_mix(reference, mapped, parts):
         accuracy.append(KNeighborsClassifier(15).fit(z, known).score(query, new))
         together, origin = np.vstack([z, query]), np.repeat(["reference", "query"], [len(z), len(query)])
         mixing.append(ilisi(together, origin) / ilisi_ceiling(together, origin))
-    assert np.mean(accuracy) > 0.98
-    assert np.mean(mixing) > 0.8
+    assert np.mean(accuracy) > 0.99
+    assert np.mean(mixing) > 0.85
 
 
 def test_known_cells_stay_where_they_were(reference, mapped, parts):

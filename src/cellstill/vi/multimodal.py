@@ -61,8 +61,8 @@ class RegularizedMultimodalVI(Analysis):
         mean of the modalities' posteriors with learned weights, for which all have the same ``n_latent``.
         ``"single_encoder"``: one z of one encoder, for which all have the same sizes.
     dropout_rate
-        See :class:`~cellstill.vi.AmbientRegularizedSCVI`, but 0.1 by default: decoders learn to do without some of z, such as the part of a modality that a cell
-        lacks.
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`. ``None`` is 0 with one modality, and 0.1 with several: their
+        decoders learn to do without some of z, such as the part of a modality that a cell lacks.
     use_batch_in_decoder, encoder_input, library_n_hidden, library_variance_weight, residual_library
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`.
     regularise_background, regularise_dispersion, native_sparsity, decoder_weight_l2, theta_sampling, seed
@@ -88,7 +88,7 @@ class RegularizedMultimodalVI(Analysis):
         n_hidden: int | Mapping[str, int] = 512,
         n_latent: int | Mapping[str, int] = 128,
         n_layers: int | Mapping[str, int] = 1,
-        dropout_rate: float = 0.1,
+        dropout_rate: float | None = None,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
         ambient_rate: Rate = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
@@ -145,7 +145,7 @@ class RegularizedMultimodalVI(Analysis):
             modalities,
             use_batch_in_decoder=use_batch_in_decoder,
             latent_mode=latent_mode,
-            dropout=dropout_rate,
+            dropout=(0.1 if len(names) > 1 else 0.0) if dropout_rate is None else dropout_rate,
             encoder_input=encoder_input,
             library_hidden=library_n_hidden,
             library_variance_weight=library_variance_weight,
