@@ -24,8 +24,8 @@ _IN_CACHE = 50_000
 def sparse_pays(x: CSRRows, matrix: torch.Tensor) -> bool:
     """Whether rows of this density are multiplied faster as they are than as a dense matrix.
 
-    Measured on one core, 128 and 1,024 rows, 128 columns, product and gradient: at 8 % non-zeros and 2,000 genes 3
-    times faster, at 20,000 genes twice, and in proportion to the density.
+    Measured on one core, 128 and 1,024 rows, 128 columns, product and gradient: at 8 % non-zeros and 2,000 or 20,000
+    genes 2 to 3 times faster, and less so in proportion to the density.
     """
     if matrix.is_cuda:
         return False
