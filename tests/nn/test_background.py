@@ -15,6 +15,7 @@ import cellstill.nn.fused as fused
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.background import NativePenalty, background_output
 from cellstill.nn.compiled import compiled
+from cellstill.nn.composition import SparseComposition
 from cellstill.nn.sparse import CSRRows
 
 N, N_VARS, N_HIDDEN = 37, 53, 8
@@ -217,8 +218,7 @@ def test_penalties_are_taken_from_the_total_with_their_gradients(block, scale, m
     cell_weight = torch.linspace(0.0, 2, N)
     _, _, plain = evaluate(counts, parameters, groups, cell_weight)
 
-    def square(native):
-        return (native.square() * torch.arange(1.0, N_VARS + 1).to(native)).sum(dim=1)
+    prior = SparseComposition(torch.linspace(0.5, 2, N_VARS), 0.4, 0.6, 1e-2)
 
     p = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     total, _, mean = background_output(
@@ -228,14 +228,14 @@ def test_penalties_are_taken_from_the_total_with_their_gradients(block, scale, m
         log_scaling=p["log_scaling"],
         cell_weight=cell_weight,
         weight_l2=0.3,
-        native_penalty=NativePenalty(square, 0.7, 3),
+        native_penalty=NativePenalty(prior, 0.7, 3),
         scale=scale,
     )
     likelihood = evaluate(counts, parameters, groups, cell_weight)[0]
     total.backward()
     q = {name: parameters[name].double().clone().requires_grad_() for name in ("hidden", "weight", "bias")}
     native = torch.nn.functional.softplus(q["hidden"][:3] @ q["weight"].T + q["bias"])
-    expected = (square(native) * cell_weight[:3]).sum() / 3
+    expected = (prior._replace(typical=prior.typical.double()).penalty(native) * cell_weight[:3]).sum() / 3
     penalty = 0.7 * expected + 0.3 * q["weight"].square().sum()
     penalty.backward()
     np.testing.assert_allclose(mean, expected.detach(), rtol=1e-5)

@@ -272,13 +272,13 @@ def test_the_native_penalty_prefers_absent_genes_and_no_scale():
     background = ProfileBackground({}, 3)
     background.typical.copy_(torch.tensor([1.0, 2.0, 3.0]))
     typical, absent = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 1.5, 4.5]])
-    penalty = background.native_penalty(torch.cat([typical, absent, 7 * absent]))
+    penalty = background.native_prior.penalty(torch.cat([typical, absent, 7 * absent]))
     assert penalty[1] < penalty[0]
     torch.testing.assert_close(penalty[1], penalty[2])
     # Gamma(1/2, 1/2) of the ratio, which integrates to one but for what the floor takes at 0.
     one = ProfileBackground({}, 2)
     mass, _ = integrate.quad(
-        lambda r: float(torch.exp(-one.native_penalty(torch.tensor([[r, 2 - r]], dtype=torch.float64)))), 0, 2
+        lambda r: float(torch.exp(-one.native_prior.penalty(torch.tensor([[r, 2 - r]], dtype=torch.float64)))), 0, 2
     )
     product, _ = integrate.quad(
         lambda r: np.exp(-r / 2 - (2 - r) / 2) / (2 * np.pi) / np.sqrt(np.hypot(r, 1e-3) * np.hypot(2 - r, 1e-3)), 0, 2

@@ -166,10 +166,7 @@ class Autoencoder(nn.Module):
 
 def expression(counts: CSRRows) -> CSRRows:
     r""":math:`\log(1 + 10^4 x / l)` of a minibatch, computed on the non-zeros."""
-    scale = TARGET_SUM / counts.library_size().clamp(min=1e-12)
-    return counts._replace(
-        data=torch.log1p(counts.data * scale.repeat_interleave(counts.indptr.diff(), output_size=len(counts.data)))
-    )
+    return counts.log1p(TARGET_SUM / counts.library_size().clamp(min=1e-12))
 
 
 def fit_autoencoder(

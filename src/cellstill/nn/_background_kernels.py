@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellstill.nn._kernels import _F, _compile, _exp, _log1p, _nonzeros, _zeros
+from cellstill.nn._kernels import _F, _compile, _exp, _log, _log1p, _nonzeros, _zeros
 
 
 @_compile
@@ -14,15 +14,19 @@ def _means(row, bias, background, amount, scaling, slope, share):
 
     ``slope`` gets the derivative of its logarithm in the logit, ``share`` that in the logarithm of the background.
     """
+    # Short loops: the steps of a long one wait for one another, and few of its turns are under way at a time.
     for j in range(row.size):
         logit = row[j] + bias[j]
-        t = _exp(-abs(logit))
-        native = max(logit, _F(0)) + _log1p(t)
-        added = amount * background[j]
-        inverse = _F(1) / (native + added)
-        slope[j] = (_F(1) if logit >= _F(0) else t) / (_F(1) + t) * inverse
+        share[j], slope[j] = logit, _exp(-abs(logit))
+    for j in range(row.size):
+        row[j] = max(share[j], _F(0)) + _log1p(slope[j])
+    for j in range(row.size):
+        t, added = slope[j], amount * background[j]
+        mean = row[j] + added
+        inverse = _F(1) / mean
+        slope[j] = (_F(1) if share[j] >= _F(0) else t) / (_F(1) + t) * inverse
         share[j] = added * inverse
-        row[j] = (native + added) * scaling[j]
+        row[j] = mean * scaling[j]
 
 
 @_compile
@@ -89,3 +93,40 @@ def background_rows(
             row[j] = grad
             grad_bias[j] += grad
         value[i], grad_size[i], grad_amount[i] = total, w * common, from_background
+
+
+@_compile
+def sparse_composition(
+    start, stop, logits, bias, per_typical, concentration, rate, floor, constant, weight, value, grads, grad_bias
+):
+    """Penalty of native expression, softplus of ``logits + bias``, of the cells ``start`` to ``stop``.
+
+    ``per_typical`` is one over the typical share of each feature, ``constant`` the normaliser of the log density.
+    ``value`` is filled, and ``grads`` with the gradient in the logits times each cell's weight, which is added to
+    ``grad_bias``, too.
+    """
+    n_vars = bias.size
+    native, slope = np.empty(n_vars, np.float32), np.empty(n_vars, np.float32)
+    for i in range(start, stop):
+        row, own, w, total = logits[i], grads[i], weight[i], _F(0)
+        for j in range(n_vars):
+            logit = row[j] + bias[j]
+            t = _exp(-abs(logit))
+            native[j] = max(logit, _F(0)) + _log1p(t)
+            slope[j] = (_F(1) if logit >= _F(0) else t) / (_F(1) + t)
+            total += native[j]
+        penalty, along, per_total = _F(0), _F(0), _F(1) / total
+        for j in range(n_vars):
+            r = native[j] * per_total * per_typical[j]
+            square = r * r + _F(floor) * _F(floor)
+            size = np.sqrt(square)
+            penalty += (_F(1) - _F(concentration)) * _F(0.5) * _log(square) + _F(rate) * size
+            # In the ratio.
+            grad = ((_F(1) - _F(concentration)) / square + _F(rate) / size) * r
+            along += grad * r
+            own[j] = grad
+        for j in range(n_vars):
+            grad = w * per_total * (own[j] * per_typical[j] - along) * slope[j]
+            own[j] = grad
+            grad_bias[j] += grad
+        value[i] = penalty - _F(n_vars) * _F(constant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.composition import SparseComposition
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
@@ -116,15 +117,15 @@ class NativePenalty(NamedTuple):
 
     Attributes
     ----------
-    function
-        From native expression, shape ``(n, n_vars)``, to a penalty per cell, shape ``(n,)``.
+    prior
+        Its negative log density is the penalty of a cell.
     weight
         Of the mean over cells.
     n_cells
         How many cells are looked at, the first ones: in shuffled minibatches they stand for all.
     """
 
-    function: Callable[[torch.Tensor], torch.Tensor]
+    prior: SparseComposition
     weight: float
     n_cells: int
 
@@ -189,8 +190,6 @@ class _Background:
     ) -> None:
         # The weights of the cells, and with them the gradients, have the scale already.
         self.scale, self.weight_l2, self.native_penalty = scale, scale * weight_l2, native_penalty
-        # Inside the fused function gradients are off.
-        self.recorded = torch.is_grad_enabled()
         self.penalty, self.native_mean = size.new_zeros(()), size.new_zeros(())
         self.n_rows, self.n_vars = x.n_rows, x.n_vars
         self.x, self.size, self.bias, self.amount, self.weight = x, size, bias, amount, weight
@@ -215,24 +214,22 @@ class _Background:
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
         penalised = 0 if self.native_penalty is None else min(self.native_penalty.n_cells - rows.start, len(logits))
         if penalised > 0:
-            gradient = self._penalise(logits[:penalised] + self.bias, slice(rows.start, rows.start + penalised))
+            gradient = self._penalise(logits[:penalised], slice(rows.start, rows.start + penalised))
         self._likelihood(logits, rows)
         if penalised > 0:
             logits[:penalised] -= gradient
-            self.grad_bias -= gradient.sum(dim=0)
 
     def _penalise(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """Add the penalty of some cells; returns its gradient."""
         assert self.native_penalty is not None
-        function, weight, n_cells = self.native_penalty
-        with torch.set_grad_enabled(self.recorded):
-            logits.requires_grad_(self.recorded)
-            penalty = function(torch.nn.functional.softplus(logits)) * self.weight[rows]
-            mean = penalty.sum() / min(n_cells, self.n_rows)
-            gradient = torch.autograd.grad(mean, logits)[0] if self.recorded else torch.zeros_like(logits)
-        self.native_mean += mean.detach() / self.scale
-        self.penalty += weight * mean.detach()
-        return gradient.mul_(weight)
+        prior, weight, n_cells = self.native_penalty
+        share = self.weight[rows] / min(n_cells, self.n_rows)
+        penalty, gradient, of_bias = prior.penalty_and_gradient(logits, self.bias, weight * share)
+        mean = torch.dot(penalty, share)
+        self.native_mean += mean / self.scale
+        self.penalty += weight * mean
+        self.grad_bias -= of_bias
+        return gradient
 
     def _likelihood(self, logits: torch.Tensor, rows: slice) -> None:
         if kernels(logits.device) is not None:
@@ -249,12 +246,12 @@ class _Background:
         x = self.x if len(logits) == self.n_rows else self.x.rows(rows)
         grouped = (self.theta, self.background, self.scaling)
         theta, background, scaling = (part.values.numpy() for part in grouped)
-        groups = [part.group[rows].numpy() for part in grouped]
-        cells = [part[rows].numpy() for part in (self.size, self.amount, self.weight)]
-        filled = [part[rows].numpy() for part in (self.value, self.grad_size, self.grad_amount)]
+        groups = [part.group.numpy()[rows] for part in grouped]
+        cells = [part.numpy()[rows] for part in (self.size, self.amount, self.weight)]
+        filled = [part.numpy()[rows] for part in (self.value, self.grad_size, self.grad_amount)]
         counts = x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()
         values, bias = logits.numpy(), self.bias.numpy()
-        inverse = self.theta.values.reciprocal().numpy()
+        inverse = 1 / theta
 
         def share(start: int, stop: int) -> list[np.ndarray]:
             sums = [np.zeros(part.shape, np.float32) for part in (theta, background, scaling, bias)]

@@ -71,19 +71,36 @@ class Loops(NamedTuple):
 
     Attributes
     ----------
-    counts, layers, optimizer, products
-        For the likelihood of counts, for hidden layers, for the step of the optimiser, and for products of sparse rows.
+    counts, layers, optimizer, products, rows
+        For the likelihood of counts, for hidden layers, for the step of the optimiser, for products of sparse rows, and
+        for their non-zeros.
     """
 
     counts: ModuleType
     layers: ModuleType
     optimizer: ModuleType
     products: ModuleType
+    rows: ModuleType
 
 
 def kernels(device: torch.device) -> Loops | None:
     """Return the compiled loops, if they are to be used on this device."""
     return loops() if device.type == "cpu" and _active.get() else None
+
+
+def fit_loops(*tensors: torch.Tensor) -> bool:
+    """Whether compiled loops are to be used on the device of the tensors, and all are of the type they work on."""
+    return kernels(tensors[0].device) is not None and all(one.dtype == torch.float32 for one in tensors)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Contiguous values, without gradient: a view, if the tensor is contiguous."""
+    return tensor.detach().contiguous().numpy()
+
+
+def contiguous_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous tensor of the same shape, with values to be filled."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def share_out(function: Callable[[int, int], Any], n: int, n_values: int) -> list[Any]:
@@ -104,13 +121,13 @@ def _threads(n: int) -> ThreadPoolExecutor:
 def loops() -> Loops:
     """Load the compiled loops, or compile them, and say so."""
     with _lock:
-        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels, _product_kernels
+        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels, _product_kernels, _row_kernels
 
         folder = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
         forget_stale(folder, Path(__file__).parent.glob("*_kernels.py"))
         if not any(folder.glob("_kernels.negative_binomial_rows-*.nbi")):
             _log.warning("Compiling the loops of the CPU: some seconds, once on this machine.")
-        found = Loops(_kernels, _layer_kernels, _optimizer_kernels, _product_kernels)
+        found = Loops(_kernels, _layer_kernels, _optimizer_kernels, _product_kernels, _row_kernels)
         _run_all(found)
         return found
 
@@ -140,6 +157,8 @@ def _run_all(found: Loops) -> None:
     layers.normed_relu_backward(0, 1, row, one, row, row, one, row.copy(), np.zeros((3, 1), np.float32))
     found.products.rows_times(0, 1, one, gene, starts, row, 1, row.copy())
     found.products.columns_times(0, 1, one, gene, starts, row, 1, row.copy())
+    found.rows.totals(0, 1, one, starts, one.copy())
+    found.rows.log1p(0, 1, one, starts, one, one.copy())
     nothing = np.empty((0, 6), np.int64)
     found.optimizer.count_steps(nothing)
     found.optimizer.adamw(0, 1, nothing, np.empty((0, 5)))

@@ -12,8 +12,8 @@ import math
 
 import torch
 
-_LOG_2 = math.log(2.0)
-_ENTROPY_OF_NORMAL = 0.5 * math.log(2 * math.pi * math.e)
+LOG_2 = math.log(2.0)
+ENTROPY_OF_NORMAL = 0.5 * math.log(2 * math.pi * math.e)
 
 
 def normal_kl(
@@ -125,7 +125,7 @@ def containment_kl(m: torch.Tensor, sigma: torch.Tensor, log_rate: torch.Tensor)
     One divergence per posterior, in the shape broadcast.
     """
     mean_u = torch.exp(sigma.square() / 8 - m / 2)
-    return log_rate.exp() * mean_u - log_rate + m / 2 - sigma.log() + (_LOG_2 - _ENTROPY_OF_NORMAL)
+    return log_rate.exp() * mean_u - log_rate + m / 2 - sigma.log() + (LOG_2 - ENTROPY_OF_NORMAL)
 
 
 def lognormal_exponential_kl(m: torch.Tensor, sigma: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
@@ -149,7 +149,7 @@ def lognormal_exponential_kl(m: torch.Tensor, sigma: torch.Tensor, rate: float =
     Shape of ``m`` broadcast with ``sigma``.
     """
     mean_w = torch.exp(m + sigma.square() / 2)
-    return rate * mean_w - m - sigma.log() - (math.log(rate) + _ENTROPY_OF_NORMAL)
+    return rate * mean_w - m - sigma.log() - (math.log(rate) + ENTROPY_OF_NORMAL)
 
 
 def sparse_gamma(
@@ -205,4 +205,4 @@ def horseshoe(x: torch.Tensor, scale: torch.Tensor | float = 1.0) -> torch.Tenso
     """
     scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device)
     square = (x / scale).square() + 1e-8
-    return torch.log1p(4 / square).log() - scale.log() - (_LOG_2 + 0.5 * math.log(2 * math.pi**3))
+    return torch.log1p(4 / square).log() - scale.log() - (LOG_2 + 0.5 * math.log(2 * math.pi**3))

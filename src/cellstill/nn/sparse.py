@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from cellstill.nn.compiled import kernels, share_out
+
 
 class CSRRows(NamedTuple):
     """Rows of a count matrix.
@@ -56,14 +58,38 @@ class CSRRows(NamedTuple):
 
     def library_size(self) -> torch.Tensor:
         """Total count of each cell, shape ``(n,)``."""
-        return self.sum_rows(self.data)
+        loops = kernels(self.data.device)
+        if loops is None or self.data.dtype != torch.float32:
+            return self.sum_rows(self.data)
+        totals = self.data.new_empty(self.n_rows)
+        known, out = (self.data.numpy(), self.indptr.int().numpy()), totals.numpy()
+        share_out(lambda start, stop: loops.rows.totals(start, stop, *known, out), self.n_rows, len(self.data))
+        return totals
+
+    def log1p(self, factor: torch.Tensor | None = None) -> CSRRows:
+        """``log(1 + factor x)``, computed on the non-zeros; zeros stay zero.
+
+        Parameters
+        ----------
+        factor
+            Of each cell, shape ``(n,)``, without gradient; ``None`` is 1.
+        """
+        loops = kernels(self.data.device)
+        if loops is None or self.data.dtype != torch.float32:
+            data = self.data
+            if factor is not None:
+                data = data * factor.repeat_interleave(self.indptr.diff(), output_size=len(data))
+            return self._replace(data=torch.log1p(data))
+        factor = self.data.new_ones(self.n_rows) if factor is None else factor.to(self.data.dtype)
+        logged = torch.empty_like(self.data)
+        known, out = (self.data.numpy(), self.indptr.int().numpy(), factor.detach().numpy()), logged.numpy()
+        share_out(lambda start, stop: loops.rows.log1p(start, stop, *known, out), self.n_rows, len(self.data))
+        return self._replace(data=logged)
 
     def log2_cpm(self) -> CSRRows:
         """``log2(1 + 1e6 x / library size)``, computed on the non-zeros; zeros stay zero."""
-        scale = (1e6 / self.library_size().clamp(min=1e-12)).repeat_interleave(
-            self.indptr.diff(), output_size=len(self.data)
-        )
-        return self._replace(data=torch.log1p(self.data * scale) / 0.6931471805599453)
+        logged = self.log1p(1e6 / self.library_size().clamp(min=1e-12))
+        return logged._replace(data=logged.data / 0.6931471805599453)
 
     def to_dense(self) -> torch.Tensor:
         """Fill a dense tensor, shape ``(n, n_vars)``."""

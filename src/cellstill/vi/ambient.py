@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cellstill.nn.priors import sparse_gamma
+from cellstill.nn.composition import SparseComposition
 from cellstill.vi.parts import Codes
 
 _SHAPE, _FLOOR = 0.5, 1e-3
@@ -25,7 +25,7 @@ class ProfileBackground(nn.Module):
     with the rate r of a combination of categories, the composition :math:`\chi` of its cells, and the total expression
     T. Likelihood alone does not tell background from low expression, since a decoder can paint both. Here the rate
     comes from genes that some cells lack (:func:`~cellstill.vi.soup.estimate_soup`), the profile is the mean expression
-    of the combination's cells, and native expression pays for being small but not zero (:meth:`native_penalty`). None
+    of the combination's cells, and native expression pays for being small but not zero (:attr:`native_prior`). None
     of the soup is learned: the rate would grow wherever the decoder has not yet reached what cells express, and the
     composition would take up what differs between batches.
 
@@ -170,21 +170,7 @@ class ProfileBackground(nn.Module):
             self.to(device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def native_penalty(self, native: torch.Tensor) -> torch.Tensor:
-        r"""Negative log density of native expression under a sparse prior, summed over features.
-
-        :math:`\rho_{nf} / \bar\rho_f \sim \mathrm{Gamma}(0.5, 0.5)`, as a density of the ratio, with both as shares
-        of their totals: most features are near 0 in most cells, or well above it.
-
-        Parameters
-        ----------
-        native
-            Shape ``(n, n_vars)``.
-
-        Returns
-        -------
-        Shape ``(n,)``.
-        """
-        # Of the composition, so that nothing is gained by smaller expression and larger library sizes.
-        ratio = native / native.sum(dim=1, keepdim=True) / (self.typical / self.typical.sum())
-        return -sparse_gamma(ratio, _SHAPE, _SHAPE, floor=_FLOOR).sum(dim=1)
+    @property
+    def native_prior(self) -> SparseComposition:
+        r"""Prior of native expression: its share of the cell, over that of the mean cell, is Gamma(0.5, 0.5)."""
+        return SparseComposition(self.typical, _SHAPE, _SHAPE, _FLOOR)

@@ -95,7 +95,7 @@ class Library(nn.Module):
         self, x: CSRRows, totals: torch.Tensor, dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
     ) -> LibraryPosterior:
         """Posterior and prior of cells with ``totals``, shape ``(n,)``, of at least 1."""
-        mean, variance = self.encoder([x._replace(data=torch.log1p(x.data))], dense, codes)
+        mean, variance = self.encoder([x.log1p()], dense, codes)
         log_scale = self.log_sensitivity if self.log_scale is None else self.log_sensitivity + self.log_scale
         mean = mean + log_scale
         if self.weight is not None:

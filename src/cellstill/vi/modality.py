@@ -163,7 +163,7 @@ class Modality(nn.Module):
         features = self.features(z, batch)
         penalty = None
         if isinstance(self.background, ProfileBackground) and native_sparsity:
-            penalty = NativePenalty(self.background.native_penalty, native_sparsity, max(1, x.n_rows // _PENALISED))
+            penalty = NativePenalty(self.background.native_prior, native_sparsity, max(1, x.n_rows // _PENALISED))
         total, value, native = background_output(
             *(features, self.output.weight, self.output.bias, x, log_library[:, 0], theta),
             group=group,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.priors import normal_kl
+from cellstill.nn import normal
 from cellstill.nn.sparse import CSRRows
 from cellstill.train.plans import Loss
 from cellstill.vi.config import VAEConfig
@@ -39,7 +39,7 @@ class Latent:
 
     def sample(self) -> torch.Tensor:
         """Draw z."""
-        return self.mean + self.variance.sqrt() * torch.randn_like(self.mean)
+        return normal.draw(self.mean, self.variance)
 
 
 class RegularizedVAE(nn.Module):
@@ -134,26 +134,29 @@ class RegularizedVAE(nn.Module):
         prior = self.prior_variance()
         if "latent/mean" in batch:
             mean, variance = batch["latent/mean"], batch["latent/variance"]
-            return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior))
+            return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior))
         seen = {name: self._encoder_input(name, x) for name, x in rows.items()}
         if self.config.latent_mode == "single_encoder":
             mean, variance = self.encoders[0](list(seen.values()), None, batch)
-            return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior))
+            return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior))
         posteriors = [encoder([x], None, batch) for encoder, x in zip(self.encoders, seen.values(), strict=True)]
         present = [batch.get(f"{name}/present") for name in rows]
         if self.config.latent_mode == "weighted_mean":
             return self._weighted_mean(posteriors, present, prior)
-        means, variances, kl = [], [], torch.zeros(())
+        means, variances, divergences = [], [], []
         widths = [one.n_latent for one in self.config.modalities.values()]
         priors = [prior] * len(rows) if isinstance(prior, float) else prior.split(widths)
         for (mean, variance), has, own in zip(posteriors, present, priors, strict=True):
-            divergence = normal_kl(mean, variance, 0.0, own)
+            divergence = normal.divergence(mean, variance, 0.0, own)
             if has is not None:
                 mean, variance = mean * has[:, None], torch.where(has[:, None] > 0, variance, own)
                 divergence = divergence * has
             means.append(mean)
             variances.append(variance)
-            kl = kl.to(divergence) + divergence
+            divergences.append(divergence)
+        kl = divergences[0] if len(divergences) == 1 else torch.stack(divergences).sum(dim=0)
+        if len(means) == 1:
+            return Latent(means[0], variances[0], kl)
         return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
@@ -214,18 +217,18 @@ class RegularizedVAE(nn.Module):
                 "penalties are divided by it. Pass skip_n_obs_check=True to go on."
             )
         latent = self.encode(rows, batch)
-        z = latent.sample()
-        likelihood, total, per_cell = torch.zeros(()), kl_weight * latent.kl.sum(), kl_weight * latent.kl.detach()
-        terms = {"kl_z": latent.kl.detach().sum()}
+        z, kl_z = latent.sample(), latent.kl.sum()
+        total, per_cell, likelihood = kl_weight * kl_z, kl_weight * latent.kl.detach(), []
+        terms = {"kl_z": kl_z.detach()}
         for term, penalty in penalties_of_z(self.config, z, self._dimensions_present(batch)):
             total, per_cell = total + kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
             terms[term] = penalty.detach().sum()
         for name, x in rows.items():
             modality, present = self.modality(name), batch.get(f"{name}/present")
             library = self._library(name, x, batch)
-            kl = normal_kl(*library)
+            kl = normal.divergence(*library)
             kl = kl if present is None else kl * present
-            log_library = library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
+            log_library = normal.draw(library.mean, library.variance)
             summed, value, features, native = modality.log_likelihood(
                 *(z, log_library, x, batch, present),
                 weight_l2=self.config.decoder_weight_l2 * n / n_obs,
@@ -239,32 +242,40 @@ class RegularizedVAE(nn.Module):
                 penalty = penalty if present is None else penalty * present
                 total, per_cell = total + kl_weight * penalty.sum(), per_cell + kl_weight * penalty.detach()
                 terms[self._term("hidden_sparsity", name)] = penalty.detach().sum()
-            likelihood, total = likelihood + summed, total + kl.sum()
-            per_cell = per_cell - value + kl.detach()
+            kl_l = kl.sum()
+            likelihood.append(summed)
+            total, per_cell = total + kl_l, per_cell - value + kl.detach()
             terms[self._term("reconstruction_loss", name)] = -value.sum()
-            terms[self._term("kl_l", name)] = kl.detach().sum()
-        objective = likelihood + total / n
-        for name in rows:
-            for term, penalty in self.modality(name).penalties(self.config):
-                objective = objective + penalty / n_obs
-                if term == "decoder_l2":
-                    penalty = penalty + self.config.decoder_weight_l2 * _square(self.modality(name).output.weight)
-                terms[self._term(term, name)] = penalty.detach() * (n / n_obs)
-        if self.relevance is not None:
-            penalty = self.relevance.penalty()
-            objective = objective + penalty / n_obs
-            terms["ard"] = penalty.detach() * (n / n_obs)
+            terms[self._term("kl_l", name)] = kl_l.detach()
+        objective = sum(likelihood[1:], start=likelihood[0]) + total / n
+        penalties = self._penalties()
+        if penalties:
+            found = torch.stack(list(penalties.values()))
+            objective = objective + found.sum() / n_obs
+            terms |= zip(penalties, (found.detach() * (n / n_obs)).unbind(), strict=True)
+        if self.config.decoder_weight_l2:
+            # Of the last layers the penalty came with the likelihood.
+            for name in rows:
+                square = _square(self.modality(name).output.weight)
+                terms[self._term("decoder_l2", name)] += self.config.decoder_weight_l2 * (n / n_obs) * square
         return Loss(objective, per_cell, n, terms)
+
+    def _penalties(self) -> dict[str, torch.Tensor]:
+        """Negative log priors of what stands for the data as a whole, by term."""
+        found = {
+            self._term(term, name): penalty
+            for name in self.config.modalities
+            for term, penalty in self.modality(name).penalties(self.config)
+        }
+        return found if self.relevance is None else found | {"ard": self.relevance.penalty()}
 
     def _library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
         return self.modality(name).library(x, total_counts(x), batch.get("continuous"), batch)
 
     def _encoder_input(self, name: str, x: CSRRows) -> CSRRows:
         if self.config.encoder_input == "log1p":
-            return x._replace(data=torch.log1p(x.data))
-        scale = (self.modality(name).library.center - total_counts(x).log()).exp()
-        scale = scale.repeat_interleave(x.indptr.diff(), output_size=len(x.data))
-        return x._replace(data=torch.log1p(x.data * scale))
+            return x.log1p()
+        return x.log1p(self.modality(name).library.center.exp() / total_counts(x))
 
     def _dimensions_present(self, batch: Batch) -> torch.Tensor | None:
         """Mask of the dimensions of z that cells have data for; ``None`` where z is of all modalities at once."""
@@ -284,7 +295,7 @@ class RegularizedVAE(nn.Module):
         variance = sum(part[:, None].square() * v for part, (_, v) in zip(share.unbind(1), posteriors, strict=True))
         any_present = has.amax(dim=1)
         variance = torch.where(any_present[:, None] > 0, variance, prior)
-        return Latent(mean, variance, normal_kl(mean, variance, 0.0, prior) * any_present)
+        return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior) * any_present)
 
     def _term(self, term: str, modality: str) -> str:
         return term if len(self.modalities) == 1 else f"{term}_{modality}"

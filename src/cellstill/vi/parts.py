@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cellstill.nn.priors import containment_kl, gamma, gamma_of_log
+from cellstill.nn.featurewise import containment_sum, gamma_of_log_sum, log_normal_draw, log_softplus
+from cellstill.nn.priors import gamma
 from cellstill.vi.tables import CategoryTables
 
 _NO_OVERDISPERSION = 1e8
@@ -52,7 +53,7 @@ class Background(nn.Module):
 
     def penalty(self) -> torch.Tensor:
         """Gamma(1, 100) on the background, as a density of its logarithm, which settles at 0.01."""
-        return _negative_sum([gamma_of_log(beta, 1.0, 100.0) for beta in self.beta.tables])
+        return _negative_sum([gamma_of_log_sum(beta, 1.0, 100.0) for beta in self.beta.tables])
 
 
 class FeatureScaling(nn.Module):
@@ -80,7 +81,7 @@ class FeatureScaling(nn.Module):
 
     def penalty(self) -> torch.Tensor:
         """Gamma(200, 200) on every factor, as a density of its logarithm, which settles at 1."""
-        return _negative_sum([gamma_of_log(log_scaling(one), 200.0, 200.0) for one in self.gamma.tables])
+        return _negative_sum([gamma_of_log_sum(log_scaling(one), 200.0, 200.0) for one in self.gamma.tables])
 
 
 class Dispersion(nn.Module):
@@ -112,16 +113,16 @@ class Dispersion(nn.Module):
         mean: torch.Tensor = self.mean
         if not self.training:
             return mean.exp(), group
-        sigma = self.log_sigma.exp()
+        log_sigma: torch.Tensor = self.log_sigma
         if self.per_cell:
             rows = torch.zeros(n, dtype=torch.int64, device=mean.device) if group is None else group
-            mean, sigma, group = mean[rows], sigma[rows], torch.arange(n, device=mean.device)
-        return (mean + sigma * torch.randn_like(mean)).exp(), group
+            mean, log_sigma, group = mean[rows], log_sigma[rows], torch.arange(n, device=mean.device)
+        return log_normal_draw(mean, log_sigma), group
 
     def penalty(self) -> torch.Tensor:
         """Divergence from the containment prior, and the prior of its rate, Gamma(9, 3) as a density of the rate."""
-        divergence = containment_kl(self.mean, self.log_sigma.exp(), self.log_rate[:, None])
-        return divergence.sum() - gamma(self.log_rate, 9.0, 3.0).sum()
+        divergence = containment_sum(self.mean, self.log_sigma, self.log_rate)
+        return divergence - gamma(self.log_rate, 9.0, 3.0).sum()
 
 
 class NoOverdispersion(nn.Module):
@@ -142,10 +143,10 @@ class NoOverdispersion(nn.Module):
         return self.theta.new_zeros(())
 
 
-def _negative_sum(log_densities: Sequence[torch.Tensor]) -> torch.Tensor:
-    return -torch.stack([one.sum() for one in log_densities]).sum()
+def _negative_sum(sums: Sequence[torch.Tensor]) -> torch.Tensor:
+    return -(sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum())
 
 
 def log_scaling(gamma: torch.Tensor) -> torch.Tensor:
     r"""Logarithm of a factor, :math:`\log(\mathrm{softplus}(\gamma) / 0.7)`."""
-    return (nn.functional.softplus(gamma) / _SCALING_AT_ONE).log()
+    return log_softplus(gamma) - math.log(_SCALING_AT_ONE)
