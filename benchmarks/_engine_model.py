@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from cellstill.nn import normal
 from cellstill.nn.layers import MLP
 from cellstill.nn.output import negative_binomial_output
 from cellstill.nn.sparse import CSRRows
@@ -40,7 +41,7 @@ class VAE(nn.Module):
 
     def posterior(self, counts: CSRRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of the latent, each of shape ``(n, n_latent)``."""
-        x = counts._replace(data=torch.log1p(counts.data))
+        x = counts.log1p()
         if not self.dense:
             return self.encoder(x).chunk(2, dim=1)
         first, norm = self.encoder.hidden[0], self.encoder.norms[0]
@@ -52,9 +53,12 @@ class VAE(nn.Module):
         """Negative evidence lower bound."""
         counts = CSRRows.of(batch, self.n_vars)
         n, (mean, log_variance) = counts.n_rows, self.posterior(counts)
-        deviation = (0.5 * log_variance).exp()
-        z = torch.addcmul(mean, deviation, torch.randn_like(mean))
-        kl = 0.5 * (mean.square() + deviation.square() - 1 - log_variance).sum(dim=1)
+        variance = log_variance.exp()
+        if self.dense:
+            z = mean + variance.sqrt() * torch.randn_like(mean)
+            kl = 0.5 * (mean.square() + variance - 1 - log_variance).sum(dim=1)
+        else:
+            z, kl = normal.draw(mean, variance), normal.divergence(mean, variance)
         hidden, output, theta = self.decoder.features(z), self.decoder.output, self.log_theta.exp()
         if self.dense:
             log_size = counts.library_size().log()

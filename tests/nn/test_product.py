@@ -114,6 +114,9 @@ def test_density_and_size_decide():
     assert not sparse_pays(rows(dense), small)
     assert sparse_pays(rows(sparse), small)
     assert not sparse_pays(rows(sparse), large)
+    with compiled(True):
+        assert sparse_pays(rows(sparse), large)
+        assert not sparse_pays(rows(dense), large)
 
 
 def test_machine_code_older_than_any_source_is_forgotten(tmp_path):
