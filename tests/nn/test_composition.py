@@ -50,3 +50,15 @@ def test_what_is_not_a_number_shows():
     penalty, gradient, _ = prior.penalty_and_gradient(logits, torch.zeros(N_VARS), torch.ones(2))
     assert penalty.isfinite().tolist() == [True, False]
     assert gradient[0].isfinite().all()
+
+
+def test_several_threads_give_the_same(mode, monkeypatch):
+    if not mode:
+        pytest.skip("torch's operations share themselves out")
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(N, N_VARS, generator=generator), torch.randn(N_VARS, generator=generator)
+    prior, weight = SparseComposition(torch.ones(N_VARS), 0.5, 0.5, 1e-2), torch.ones(N)
+    once = prior.penalty_and_gradient(logits, bias, weight)
+    monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    torch.testing.assert_close(prior.penalty_and_gradient(logits, bias, weight), once, rtol=1e-6, atol=1e-6)

@@ -40,9 +40,11 @@ def prior(d):
         pytest.param(D, (0.0, torch.linspace(0.5, 2, D)), id="a_variance_of_each_dimension"),
     ],
 )
-def test_divergence_is_torchs_with_its_gradients(d, known):
+def test_divergence_is_torchs_with_its_gradients(d, known, mode):
     mean, variance = posterior(d)
     found = normal.divergence(mean, variance, *known)
+    in_one_pass = mode and all(not isinstance(part, torch.Tensor) or part.shape == (N, 1) for part in known)
+    assert ("_Divergence" in type(found.grad_fn).__name__) == in_one_pass
     same = [value.detach().double().requires_grad_() for value in (mean, variance)]
     center, spread = [torch.as_tensor(part, dtype=torch.float64) for part in known] or [torch.tensor(0.0), 1.0]
     p = torch.distributions.Normal(center, torch.as_tensor(spread, dtype=torch.float64).sqrt().expand(N, d))
@@ -63,12 +65,13 @@ def test_a_prior_that_is_learned_has_a_gradient():
     torch.testing.assert_close(center.grad, (center - mean).detach())
 
 
-def test_draws_follow_mean_and_variance():
+def test_draws_follow_mean_and_variance(mode):
     mean, variance = posterior()
     torch.manual_seed(3)
     noise = torch.randn(N, D)
     torch.manual_seed(3)
     drawn = normal.draw(mean, variance)
+    assert ("_Draw" in type(drawn.grad_fn).__name__) == mode
     torch.testing.assert_close(drawn, mean + variance.sqrt() * noise)
     drawn.square().sum().backward()
     found = mean.grad.clone(), variance.grad.clone()
@@ -88,10 +91,31 @@ def test_what_is_not_finite_shows_in_its_own_cell(bad, at):
 
 
 def test_parts_of_a_wider_tensor_are_read_in_their_own_order():
-    both = torch.cat([part.detach() for part in posterior()], dim=1)
+    both = torch.cat([part.detach() for part in posterior()], dim=1).requires_grad_()
     mean, variance = both.chunk(2, dim=1)
+    assert not mean.is_contiguous()
+    weight = torch.linspace(-1, 2, N)
+    torch.manual_seed(0)
+    noise = torch.randn(N, D)
+    expected = weight @ priors.normal_kl(mean, variance) + (weight @ (mean + variance.sqrt() * noise).square()).sum()
+    (of_both,) = torch.autograd.grad(expected, both)
+    torch.manual_seed(0)
+    found = weight @ normal.divergence(mean, variance) + (weight @ normal.draw(mean, variance).square()).sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, both)[0], of_both, rtol=1e-4, atol=1e-5)
+
+
+def test_a_variance_of_zero_is_infinitely_far():
+    mean, variance = (part.detach().clone() for part in posterior())
+    variance[3, 1] = 0.0
+    assert torch.isposinf(normal.divergence(mean, variance)).nonzero().tolist() == [[3]]
+
+
+def test_one_variance_of_all_dimensions_is_spread_over_them():
+    mean, _ = posterior()
+    variance = torch.rand(N, 1)
+    torch.manual_seed(0)
+    noise = torch.randn(N, D)
+    torch.manual_seed(0)
+    torch.testing.assert_close(normal.draw(mean, variance), mean + variance.sqrt() * noise)
     torch.testing.assert_close(normal.divergence(mean, variance), priors.normal_kl(mean, variance))
-    torch.manual_seed(0)
-    drawn = normal.draw(mean, variance)
-    torch.manual_seed(0)
-    torch.testing.assert_close(drawn, normal.draw(mean.contiguous(), variance.contiguous()))

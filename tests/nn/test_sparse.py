@@ -57,12 +57,19 @@ def test_log2_cpm(counts):
     np.testing.assert_allclose(rows.log2_cpm().to_dense(), expected, rtol=1e-5)
 
 
-def test_several_threads_give_the_same(counts, monkeypatch):
+def test_several_threads_give_the_same(counts, mode, monkeypatch):
+    if not mode:
+        pytest.skip("torch's operations share themselves out")
     _, rows = counts
     once = rows.library_size(), rows.log1p().data
     monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     torch.testing.assert_close((rows.library_size(), rows.log1p().data), once, rtol=0, atol=0)
+
+
+def test_a_factor_for_other_cells_is_refused(counts):
+    with pytest.raises(ValueError, match=r"factor has shape \(30,\); \(31,\) is needed"):
+        counts[1].log1p(torch.ones(30))
 
 
 def test_double_precision_is_kept():

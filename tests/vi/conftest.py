@@ -38,7 +38,7 @@ def trained(two_types) -> AmbientRegularizedSCVI:
     with warnings.catch_warnings():
         # Two types that share most genes do not tell soup, and there is none.
         warnings.filterwarnings("ignore", message="The share of ambient RNA", category=CellstillWarning)
-        # Of seeds 0 to 4 all find the two types; with the second a marker of 1.7-fold comes and goes with rounding.
+        # Seeds 0 to 4 all find the two types; with seed 1 a marker of 1.7-fold is called or not as rounding has it.
         model = AmbientRegularizedSCVI(adata, n_hidden=32, n_latent=5, seed=2)
     how = {"accelerator": "cpu", "early_stopping": False, "progress": False}
     return model.train(max_epochs=60, batch_size=64, lr=8e-3, **how)

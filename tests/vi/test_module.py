@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from cellstill.errors import InvalidArgumentError
+from cellstill.nn.compiled import compiled
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.networks import Trunk
@@ -172,6 +173,51 @@ def test_number_of_training_cells_is_needed(n_obs):
         module.loss(batch_of(counts), n_obs=n_obs)
     if n_obs is not None:
         assert module.loss(batch_of(counts), n_obs=n_obs, skip_n_obs_check=True).n == N
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["training", "validation"])
+@pytest.mark.parametrize(
+    ("several", "settings"),
+    [
+        pytest.param(False, {"encoder_input": "log1p", "residual_library": False}, id="plain"),
+        pytest.param(False, {"decoder_weight_l1": 0.01, "z_sparsity": 2.0, "hidden_sparsity": 4.0}, id="penalties"),
+        pytest.param(False, {"theta_sampling": "cell", "regularise_background": True}, id="theta_of_cells"),
+        pytest.param(True, {"latent_mode": "concatenation", "ard": 0.3}, id="concatenation"),
+        pytest.param(True, {"latent_mode": "weighted_mean", "modality_scaling": True}, id="weighted_mean"),
+        pytest.param(True, {"latent_mode": "single_encoder", "z_horseshoe": 1.0}, id="single_encoder"),
+    ],
+)
+def test_compiled_loops_give_the_loss_and_the_gradients_of_torch(several, settings, recorded, codes):
+    counts = {"rna": counts_of(80)} | ({"atac": counts_of(50, seed=3)} if several else {})
+    present = {"atac": np.arange(N) % 3 > 0} if several else {}
+    if several:
+        counts["atac"] = sp.csr_matrix(sp.diags_array(present["atac"].astype(np.float32)) @ counts["atac"])
+    background = "free" if settings.get("regularise_background") else "profile"
+    config = VAEConfig(
+        modalities={"rna": small(80, background=background, feature_scaling=True)}
+        | ({"atac": small(50, background=None)} if several else {}),
+        categories={"lane": 3, "site.x": 2},
+        ambient=("lane",),
+        conditioning=("site.x",),
+        feature_scaling=("site.x",),
+        dispersion="lane",
+        library="lane",
+        **settings,
+    )
+    batch, found = batch_of(counts, codes, present), []
+    for mode in (False, True):
+        with compiled(mode):
+            rate = 0.1 if background == "profile" else None
+            module = build(config, counts, codes, present, ambient_rate=rate).train(recorded)
+            torch.manual_seed(5)
+            with torch.inference_mode(not recorded):
+                loss = module.loss(batch, kl_weight=0.7, n_obs=500)
+            if recorded:
+                loss.total.backward()
+        gradients = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+        found.append((loss.total.detach(), loss.per_cell, dict(loss.terms), gradients))
+    assert bool(found[0][3]) == recorded
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("latent_mode", ["concatenation", "weighted_mean", "single_encoder"])

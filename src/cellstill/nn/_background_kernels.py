@@ -1,5 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Compiled loops of the CPU for means with an additive background and a multiplicative scaling, as in `_kernels`."""
+"""Compiled loops of the CPU for means with an additive background and a multiplicative scaling, as in `_kernels`.
+
+And for the prior of the composition of native expression, which the same logits make.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ def _means(row, bias, background, amount, scaling, slope, share):
 
     ``slope`` gets the derivative of its logarithm in the logit, ``share`` that in the logarithm of the background.
     """
-    # Short loops: the steps of a long one wait for one another, and few of its turns are under way at a time.
+    # In three loops: the steps of a long one wait for one another, and a core has few of its turns under way. Until the
+    # last, ``share`` holds the logits, and ``slope`` exp(-|logit|).
     for j in range(row.size):
         logit = row[j] + bias[j]
         share[j], slope[j] = logit, _exp(-abs(logit))

@@ -7,15 +7,19 @@ import numpy as np
 
 from cellstill.nn._kernels import _F, _compile, _exp, _log, _log1p
 
-_INFINITE = _F(np.inf)
+_INFINITE, _LARGEST = _F(np.inf), _F(88)
+_CHUNK = 4096
+"""Numbers added up in single precision."""
 
 
 @_compile
-def log_normal(mean, log_sigma, noise, out, slope):
+def log_normal(start, stop, mean, log_sigma, noise, out, slope):
     """Fill ``out`` with ``exp(mean + sigma * noise)``, and ``slope`` with its derivative in ``log_sigma``."""
-    for j in range(mean.size):
-        deviation = _exp(log_sigma[j]) * noise[j]
-        value = _exp(mean[j] + deviation)
+    for j in range(start, stop):
+        deviation = (_exp(log_sigma[j]) if log_sigma[j] < _LARGEST else _INFINITE) * noise[j]
+        power = mean[j] + deviation
+        # Above it the approximation stays where it is.
+        value = _INFINITE if power > _LARGEST else _exp(power)
         out[j], slope[j] = value, value * deviation
 
 
@@ -39,9 +43,9 @@ def containment(mean, log_sigma, log_rate, constant, grad_mean, grad_log_sigma, 
 
 
 @_compile
-def log_softplus(x, out, slope):
-    """Fill ``out`` with the logarithm of softplus, and ``slope`` with its derivative."""
-    for j in range(x.size):
+def log_softplus(start, stop, x, out, slope):
+    """Fill ``out`` with the logarithm of softplus, at least -87, and ``slope`` with its derivative."""
+    for j in range(start, stop):
         t = _exp(-abs(x[j]))
         value = max(x[j], _F(0)) + _log1p(t)
         # The logarithm of bits would turn what is not finite into a number.
@@ -50,14 +54,20 @@ def log_softplus(x, out, slope):
 
 
 @_compile
-def gamma_of_log(log_x, concentration, rate, grad):
-    """Sum of the log densities of a Gamma, as densities of the logarithm, up to a constant; fills its gradient."""
-    value = _F(0)
-    for j in range(log_x.size):
-        x = _F(rate) * _exp(log_x[j])
-        value += _F(concentration) * log_x[j] - x
-        grad[j] = _F(concentration) - x
-    return value
+def gamma_of_log(log_x, concentration, rate, constant, grad):
+    """Sum of the log densities of a Gamma, as densities of the logarithm; fills its gradient.
+
+    ``constant`` is their normaliser, which is about as large as the rest, and of the other sign.
+    """
+    total = 0.0
+    for first in range(0, log_x.size, _CHUNK):
+        value = _F(0)
+        for j in range(first, min(first + _CHUNK, log_x.size)):
+            x = _F(rate) * _exp(log_x[j])
+            value += (_F(concentration) * log_x[j] - x) + _F(constant)
+            grad[j] = _F(concentration) - x
+        total += float(value)
+    return total
 
 
 @_compile
@@ -76,7 +86,8 @@ def normal_kl(mean, variance, prior_mean, prior_variance, out):
         center, inverse, total = prior_mean[p], _F(1) / prior_variance[p], _F(0)
         for j in range(mean.shape[1]):
             distance, ratio = mean[i, j] - center, variance[i, j] * inverse
-            total += ratio + distance * distance * inverse - _F(1) - _log(ratio)
+            above = _log(ratio) if ratio > _F(0) else -_INFINITE
+            total += ratio + distance * distance * inverse - _F(1) - above
         out[i] = _F(0.5) * total
 
 

@@ -98,6 +98,11 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+def flat_array(tensor: torch.Tensor) -> np.ndarray:
+    """Values in a row, as :func:`as_array`."""
+    return as_array(tensor).reshape(-1)
+
+
 def contiguous_like(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous tensor of the same shape, with values to be filled."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -144,7 +149,7 @@ def forget_stale(folder: Path, sources: Iterable[Path]) -> None:
 
 
 def _run_all(found: Loops) -> None:
-    """Call every loop once, on next to nothing, which compiles it or loads it from disk."""
+    """Call the loops that all models use once, on next to nothing, which compiles them or loads them from disk."""
     one, row = np.ones(1, np.float32), np.ones((1, 1), np.float32)
     gene, starts = np.zeros(1, np.int32), np.array([0, 1], np.int32)
     found.counts.negative_binomial_rows(

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cellstill.nn import priors
-from cellstill.nn.compiled import as_array, contiguous_like, fit_loops
+from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array, share_out
 
 
 def log_normal_draw(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def log_normal_draw(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor
         m and :math:`\log\sigma`, of one shape.
     """
     noise = torch.randn_like(mean)
-    if not fit_loops(mean, log_sigma):
+    if not fit_loops(mean, log_sigma) or mean.shape != log_sigma.shape:
         return (mean + log_sigma.exp() * noise).exp()
     return _LogNormalDraw.apply(mean, log_sigma, noise)
 
@@ -42,7 +42,8 @@ def containment_sum(mean: torch.Tensor, log_sigma: torch.Tensor, log_rate: torch
     log_rate
         Shape ``(n_groups,)``.
     """
-    if not fit_loops(mean, log_sigma, log_rate):
+    fits = mean.ndim == 2 and mean.shape == log_sigma.shape and log_rate.shape == mean.shape[:1]
+    if not fits or not fit_loops(mean, log_sigma, log_rate):
         return priors.containment_kl(mean, log_sigma.exp(), log_rate[:, None]).sum()
     from cellstill.nn._prior_kernels import containment
 
@@ -59,8 +60,8 @@ def gamma_of_log_sum(log_x: torch.Tensor, concentration: float, rate: float) -> 
     from cellstill.nn._prior_kernels import gamma_of_log
 
     grad = contiguous_like(log_x)
-    total = gamma_of_log(_flat(log_x), concentration, rate, _flat(grad))
-    total += log_x.numel() * (concentration * math.log(rate) - math.lgamma(concentration))
+    constant = concentration * math.log(rate) - math.lgamma(concentration)
+    total = gamma_of_log(flat_array(log_x), concentration, rate, constant, flat_array(grad))
     return _Known.apply(total, [grad], log_x)
 
 
@@ -70,7 +71,8 @@ class _LogNormalDraw(torch.autograd.Function):
         from cellstill.nn._prior_kernels import log_normal
 
         out, slope = contiguous_like(mean), contiguous_like(mean)
-        log_normal(*map(_flat, (mean, log_sigma, noise, out, slope)))
+        arrays = [flat_array(part) for part in (mean, log_sigma, noise, out, slope)]
+        share_out(lambda start, stop: log_normal(start, stop, *arrays), mean.numel(), mean.numel())
         ctx.save_for_backward(out, slope)
         return out
 
@@ -87,7 +89,8 @@ class _LogSoftplus(torch.autograd.Function):
         from cellstill.nn._prior_kernels import log_softplus
 
         out, slope = contiguous_like(x), contiguous_like(x)
-        log_softplus(*map(_flat, (x, out, slope)))
+        arrays = [flat_array(part) for part in (x, out, slope)]
+        share_out(lambda start, stop: log_softplus(start, stop, *arrays), x.numel(), x.numel())
         ctx.save_for_backward(slope)
         return out
 
@@ -109,7 +112,3 @@ class _Known(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (None, None, *(grad * outer[0] for grad in ctx.saved_tensors))
-
-
-def _flat(tensor: torch.Tensor) -> Any:
-    return as_array(tensor).reshape(-1)

@@ -8,13 +8,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cellstill.nn import priors
-from cellstill.nn.compiled import as_array, contiguous_like, fit_loops
+from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array
 
 
 def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     """Draw from Normal(``mean``, ``variance``), reparameterised; both of one shape."""
     noise = torch.randn_like(mean)
-    if not fit_loops(mean, variance):
+    if not fit_loops(mean, variance) or mean.shape != variance.shape:
         return mean + variance.sqrt() * noise
     return _Draw.apply(mean, variance, noise)
 
@@ -27,15 +27,15 @@ def divergence(
 ) -> torch.Tensor:
     """Divergence of a diagonal Normal from a Normal prior, summed over the last axis.
 
-    As :func:`~cellstill.nn.priors.normal_kl`, which it is where loops are not compiled, or the prior is learned or one
-    of each dimension.
+    As :func:`~cellstill.nn.priors.normal_kl`, which it is where loops are not compiled, or the prior is learned, or not
+    the same in all dimensions.
 
     Parameters
     ----------
     mean, variance
         Of the posterior, shape ``(n, d)``.
     prior_mean, prior_variance
-        Of the prior, numbers or of shape ``(n, 1)``.
+        Of the prior; broadcast against ``mean``.
 
     Returns
     -------
@@ -43,7 +43,8 @@ def divergence(
     """
     known = [part for part in (prior_mean, prior_variance) if isinstance(part, torch.Tensor)]
     of_rows = len(known) == 2 and all(part.shape == (len(mean), 1) and not part.requires_grad for part in known)
-    if not fit_loops(mean, variance, *known) or mean.ndim != 2 or (known and not of_rows):
+    fits = mean.ndim == 2 and mean.shape == variance.shape and (of_rows or not known)
+    if not fits or not fit_loops(mean, variance, *known):
         return priors.normal_kl(mean, variance, prior_mean, prior_variance)
     parts = [
         part[:, 0] if isinstance(part, torch.Tensor) else mean.new_full((1,), part)
@@ -58,7 +59,7 @@ class _Draw(torch.autograd.Function):
         from cellstill.nn._prior_kernels import normal_draw
 
         out, slope = contiguous_like(mean), contiguous_like(mean)
-        normal_draw(*(as_array(part).reshape(-1) for part in (mean, variance, noise, out, slope)))
+        normal_draw(*map(flat_array, (mean, variance, noise, out, slope)))
         ctx.save_for_backward(slope)
         return out
 

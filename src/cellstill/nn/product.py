@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch.autograd.function import once_differentiable
 
-from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.compiled import as_array, kernels, share_out
 from cellstill.nn.sparse import CSRRows
 
 _LARGE = 1 << 20
@@ -31,7 +31,7 @@ def sparse_pays(x: CSRRows, matrix: torch.Tensor) -> bool:
     if matrix.is_cuda:
         return False
     density = len(x.data) / max(1, x.n_rows * x.n_vars)
-    return density < (0.15 if matrix.numel() > _LARGE and kernels(matrix.device) is None else 0.25)
+    return density < (0.15 if matrix.numel() > _LARGE and _loops(x, matrix) is None else 0.25)
 
 
 def sparse_product(x: CSRRows, matrix: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _in_blocks(loop: Callable[..., None], x: CSRRows, matrix: torch.Tensor, n: i
     # As many genes as have their rows, of the matrix or of the product, in the cache together.
     block = max(1, _IN_CACHE // max(1, matrix.shape[1]))
     rows = (x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy())
-    known, made = matrix.detach().contiguous().numpy(), out.numpy()
+    known, made = as_array(matrix), out.numpy()
     share_out(lambda start, stop: loop(start, stop, *rows, known, block, made), n_out, x.data.numel() * matrix.shape[1])
     return out
 

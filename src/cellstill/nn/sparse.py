@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -58,12 +59,12 @@ class CSRRows(NamedTuple):
 
     def library_size(self) -> torch.Tensor:
         """Total count of each cell, shape ``(n,)``."""
-        loops = kernels(self.data.device)
-        if loops is None or self.data.dtype != torch.float32:
+        loops = self._loops()
+        if loops is None:
             return self.sum_rows(self.data)
         totals = self.data.new_empty(self.n_rows)
         known, out = (self.data.numpy(), self.indptr.int().numpy()), totals.numpy()
-        share_out(lambda start, stop: loops.rows.totals(start, stop, *known, out), self.n_rows, len(self.data))
+        share_out(lambda start, stop: loops.totals(start, stop, *known, out), self.n_rows, len(self.data))
         return totals
 
     def log1p(self, factor: torch.Tensor | None = None) -> CSRRows:
@@ -74,17 +75,24 @@ class CSRRows(NamedTuple):
         factor
             Of each cell, shape ``(n,)``, without gradient; ``None`` is 1.
         """
-        loops = kernels(self.data.device)
-        if loops is None or self.data.dtype != torch.float32:
+        if factor is not None and factor.shape != (self.n_rows,):
+            raise ValueError(f"factor has shape {tuple(factor.shape)}; {(self.n_rows,)} is needed.")
+        loops = self._loops()
+        if loops is None:
             data = self.data
             if factor is not None:
-                data = data * factor.repeat_interleave(self.indptr.diff(), output_size=len(data))
+                data = data * factor.detach().repeat_interleave(self.indptr.diff(), output_size=len(data))
             return self._replace(data=torch.log1p(data))
         factor = self.data.new_ones(self.n_rows) if factor is None else factor.to(self.data.dtype)
         logged = torch.empty_like(self.data)
         known, out = (self.data.numpy(), self.indptr.int().numpy(), factor.detach().numpy()), logged.numpy()
-        share_out(lambda start, stop: loops.rows.log1p(start, stop, *known, out), self.n_rows, len(self.data))
+        share_out(lambda start, stop: loops.log1p(start, stop, *known, out), self.n_rows, len(self.data))
         return self._replace(data=logged)
+
+    def _loops(self) -> ModuleType | None:
+        """Compiled loops, where they can work on the non-zeros."""
+        loops = kernels(self.data.device)
+        return None if loops is None or self.data.dtype != torch.float32 or self.data.requires_grad else loops.rows
 
     def log2_cpm(self) -> CSRRows:
         """``log2(1 + 1e6 x / library size)``, computed on the non-zeros; zeros stay zero."""

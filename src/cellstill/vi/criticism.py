@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.priors import normal_kl
+from cellstill.nn import normal
 from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
@@ -57,7 +57,7 @@ class Criticism(Getters):
                 value = -kl
                 for name in self.modality_names:
                     log_likelihood, library = self._at(block, name, z)
-                    divergence = normal_kl(*library)
+                    divergence = normal.divergence(*library)
                     value = value + log_likelihood - _of_present(block, name, divergence)
                 values.append(to_numpy(value))
         return _mean(values, return_mean)
@@ -162,7 +162,8 @@ class Criticism(Getters):
                 theta, group = part.dispersion(block.batch, block.counts[name].n_rows)
                 theta = theta if group is None else theta[group]
                 for parts in drawn:
-                    log_library = _draw(self.module.library(name, block.counts[name], block.batch))
+                    library = self.module.library(name, block.counts[name], block.batch)
+                    log_library = normal.draw(library.mean, library.variance)
                     native, background = expected_means(self.module, name, block, block.latent.sample(), log_library)
                     mean = _of_present(block, name, native if background is None else native + background)
                     rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
@@ -184,7 +185,7 @@ class Criticism(Getters):
     def _at(self, block: Block, name: str, z: torch.Tensor) -> tuple[torch.Tensor, LibraryPosterior]:
         """Log-likelihood of each cell given z and a draw of its library size, and the latter's posterior."""
         library = self.module.library(name, block.counts[name], block.batch)
-        return self._given(block, name, z, _draw(library)), library
+        return self._given(block, name, z, normal.draw(library.mean, library.variance)), library
 
     def _given(self, block: Block, name: str, z: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
         present = block.batch.get(f"{name}/present")
@@ -199,15 +200,11 @@ class Criticism(Getters):
         weight = _log_ratio(z, Latent(torch.zeros_like(z), prior, latent.kl), latent)
         for name in self.modality_names:
             library = self.module.library(name, block.counts[name], block.batch)
-            log_library = _draw(library)
+            log_library = normal.draw(library.mean, library.variance)
             prior_of_size = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])
             ratio = _log_ratio(log_library, prior_of_size, library)
             weight = weight + self._given(block, name, z, log_library) + _of_present(block, name, ratio)
         return weight
-
-
-def _draw(library: LibraryPosterior) -> torch.Tensor:
-    return library.mean + library.variance.sqrt() * torch.randn_like(library.mean)
 
 
 def _log_ratio(x: torch.Tensor, above: Latent | LibraryPosterior, below: Latent | LibraryPosterior) -> torch.Tensor:
