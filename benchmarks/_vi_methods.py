@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ __all__ = [
     "regularised",
     "scvi",
     "soup",
-    "step",
+    "steps",
     "totalvi",
 ]
 
@@ -36,7 +35,7 @@ LIBRARIES = {
     "totalvi": ["scvi"],
     "regularised": ["cellstill.vi"],
     "soup": ["cellstill.vi"],
-    "step": ["cellstill.vi"],
+    "steps": ["cellstill.vi"],
     "joint": ["cellstill.vi"],
 }
 """What each job imports before anything is measured."""
@@ -84,28 +83,48 @@ def soup(
     return finish
 
 
-def step(
+def steps(
     adata: AnnData,
     batch_key: str | None,
     seed: int,
     *,
-    keys: Mapping[str, Any],
+    set_ups: Mapping[str, Mapping[str, Any]],
     batch_size: int,
-    epochs: int,
-    accelerator: str,
-    **init: Any,
+    n_turns: int,
+    n_hidden: int,
+    n_latent: int,
 ) -> Finish:
-    """Seconds of a training step, with :func:`_engine_worker.cellstill`'s conditions."""
-    # Compiles, or loads what was compiled.
-    warm = adata[: 2 * batch_size].copy()
-    settings = {"batch_size": batch_size, "early_stopping": False, "compile": True, "accelerator": accelerator}
-    _fitted(warm, batch_key, seed, keys, {**settings, "train_size": 1.0, "max_epochs": 1}, init)
-    ends: list[float] = []
-    train = {**settings, "train_size": 0.9, "validation_size": 0.0, "max_epochs": epochs}
-    train["progress"] = lambda *_: ends.append(time.perf_counter())
-    model = _fitted(adata, batch_key, seed, keys, train, init)
-    n_steps = -(-len(model.train_indices_) // batch_size)
-    return lambda: ({}, {"step_ms": 1e3 * float(np.diff(ends).min()) / n_steps})
+    """Milliseconds of a training step of set-ups, and of the engine's plain model, turn by turn in one process.
+
+    What slows a machine down for a while falls on all of them alike; their ratio is that of each turn.
+    """
+    from _engine_model import VAE
+
+    from cellstill import AmbientRegularizedSCVI
+    from cellstill.data import CountsLoader
+    from cellstill.nn.compiled import compiled
+    from cellstill.train.fit import fit, seeded
+
+    rows, size = np.arange(adata.n_obs), {"n_hidden": n_hidden, "n_latent": n_latent}
+    with seeded(seed):
+        plain = VAE(adata.n_vars, **size)
+    settings = {"batch_size": batch_size, "shuffle": True, "seed": seed}
+    trained: dict[str, Any] = {"plain": (plain, CountsLoader(adata.X, indices=rows, **settings))}
+    for label, keys in set_ups.items():
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key=batch_key, **keys)
+        model = AmbientRegularizedSCVI(adata, seed=seed, **size)
+        trained[label] = model.module, model._cells().loader(rows, **settings)
+    turns: dict[str, list[float]] = {label: [] for label in trained}
+    with compiled(True), seeded(seed):
+        # The first turn compiles, or loads what was compiled, and is not counted.
+        for _ in range(n_turns + 1):
+            for label, (module, loader) in trained.items():
+                history = fit(module, loader, max_epochs=1, patience=None, accelerator="cpu")
+                turns[label].append(1e3 * history.attrs["seconds"][0] / len(loader))
+    times = pd.DataFrame(turns).iloc[1:]
+    numbers = {f"step_ms {label}": float(times[label].median()) for label in times}
+    numbers |= {f"of_plain {label}": float((times[label] / times["plain"]).median()) for label in times}
+    return lambda: ({}, numbers)
 
 
 def joint(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,7 @@ from _scores import neighbourhood_scores, score
 from _soup import Contaminated, contaminate, score_soup
 from _vi_multimodal import CHROMATIN, PROTEINS, chromatin, proteins
 from _vi_run import Method, Options, run_all, run_method, value_of
-from engine import COUNTS_PER_GENE, SIZES
-from engine import Options as EngineOptions
-from engine import run as run_engine
+from engine import COUNTS_PER_GENE
 
 from cellstill.metrics.ambient import profile_agreement
 
@@ -51,6 +49,8 @@ OURS, OURS_SMALL, SCVI, SCVI_LARGE = "cellstill 512/128", "cellstill 128/10", "s
 N_VARIABLE = 2000
 SOUP_SETS = ("cellbench_3cl_3tech", "kang_pbmc", "mouse_bladder", "onek1k_subset")
 RATES = (0.05, 0.1, 0.2)
+STEP_CELLS, STEP_TURNS = {"2,000": 4096, "20,000": 2048}, 15
+"""Cells of a turn by number of genes, and turns."""
 ORACLE, SUBTRACTION, PERFECT, FREE = "oracle", "known subtraction", "the clean counts", "cellstill, background='free'"
 MEAN, EQUAL_TYPES = "mean expression", "types in equal shares"
 
@@ -280,35 +280,25 @@ def profile(options: Options) -> Section | None:
 
 
 def step(options: Options) -> Section:
-    """Seconds of a step beside the plain negative binomial VAE of engine.py."""
+    """Milliseconds of a step beside the plain negative binomial VAE of engine.py."""
     section = Section("A training step beside the engine's plain one", STEP_COLUMNS)
-    engine = EngineOptions(options.scratch, options.quick, options.threads, 1, "cpu")
     set_ups = {"batch_key": {}, "batch_key, conditioning, scaling": integration_keys("batch")}
-    for genes, (n_obs, n_vars) in SIZES.items():
+    for genes, n_obs in STEP_CELLS.items():
         path = options.scratch / f"{genes}.h5ad"
-        cells = n_obs // 4 if options.quick else n_obs
-        section.data[genes] = store(sized(cells, n_vars, COUNTS_PER_GENE)(options.scratch, False), path)
+        n_vars = int(genes.replace(",", ""))
+        section.data[genes] = store(sized(n_obs, n_vars, COUNTS_PER_GENE)(options.scratch, False), path)
         for batch_size in (128, 1024):
             for size in (SMALL, LARGE):
                 shown = {"n_vars": genes, "batch_size": batch_size, "size": f"{size['n_hidden']}/{size['n_latent']}"}
-                epochs = 2 if options.quick else 4
-                request = {"data": str(path), "batch_size": batch_size, "epochs": epochs, **size}
-                # By turns, so that a busy minute falls on all of them.
-                runs: list[dict[str, Any]] = []
-                for repeat in range(options.seeds):
-                    plain = run_engine({**request, "what": "cellstill", "compile": True}, engine)
-                    runs.append({**shown, "method": "plain", "step_ms": plain["step_ms"], **_load(plain)})
-                    for label, keys in set_ups.items():
-                        settings = {"keys": keys, **size, "batch_size": batch_size, "epochs": epochs}
-                        method = Method(f"cellstill, {label}", "step", {**settings, "accelerator": "cpu"})
-                        result = run_method(method, path, repeat, "batch", section, options, f"{genes} genes")
-                        if result is not None:
-                            numbers = {"step_ms": result.numbers["step_ms"], **_load(result.numbers)}
-                            runs.append({**shown, "method": method.label, **numbers})
-                fastest = pd.DataFrame(runs).groupby("method", sort=False)["step_ms"].idxmin()
-                section.rows += [
-                    {**runs[i], "of_plain": runs[i]["step_ms"] / runs[fastest["plain"]]["step_ms"]} for i in fastest
-                ]
+                turns = 2 if options.quick else STEP_TURNS
+                settings = {"set_ups": set_ups, "batch_size": batch_size, "n_turns": turns, **size}
+                result = run_method(Method("steps", "steps", settings), path, 0, "batch", section, options, genes)
+                for label in ("plain", *set_ups) if result is not None else ():
+                    found = {key: result.numbers[f"{key} {label}"] for key in ("step_ms", "of_plain")}
+                    section.rows.append(
+                        {**shown, "method": label if label == "plain" else f"cellstill, {label}", **found}
+                        | {"load_average": result.numbers["load_average"]}
+                    )
     for row in section.rows:
         if row["method"] != "plain":
             where = f"{row['n_vars']} genes, batch {row['batch_size']}, {row['size']}, {row['method']}"
@@ -426,10 +416,6 @@ def _counts_of(result: JobResult, shape: tuple[int, int]) -> sp.csr_matrix:
 
 def _cells_of(labels: pd.Series) -> list[np.ndarray]:
     return list(labels.groupby(labels, observed=True).indices.values())
-
-
-def _load(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    return {"load_average": numbers["load_average"]}
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
