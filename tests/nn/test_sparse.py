@@ -57,9 +57,7 @@ def test_log2_cpm(counts):
     np.testing.assert_allclose(rows.log2_cpm().to_dense(), expected, rtol=1e-5)
 
 
-def test_several_threads_give_the_same(counts, mode, monkeypatch):
-    if not mode:
-        pytest.skip("torch's operations share themselves out")
+def test_several_threads_give_the_same(counts, monkeypatch):
     _, rows = counts
     once = rows.library_size(), rows.log1p().data
     monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
