@@ -1,9 +1,9 @@
 """Regularised VI beside scVI, Harmony, MultiVI and TOTALVI, and beside known soup.
 
 Sections: integration (one for each data set that has batches), soup (known contamination of real cells, and none; the
-soup of real droplets), step (seconds of a training step) and multimodal (RNA + ATAC, RNA + protein). Every fit has a
-process of its own. Prints tables, writes ``results/vi_peers.json`` and shows that record in ``README.md``, which
-says what the numbers mean.
+soup of real droplets), step (milliseconds of a training step) and multimodal (RNA + ATAC, RNA + protein). Every fit has
+a process of its own, but for those of a step. Prints tables, writes ``results/vi_peers.json`` and shows that record in
+``README.md``, which says what the numbers mean.
 """
 
 from __future__ import annotations

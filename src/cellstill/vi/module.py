@@ -154,10 +154,9 @@ class RegularizedVAE(nn.Module):
             means.append(mean)
             variances.append(variance)
             divergences.append(divergence)
-        kl = divergences[0] if len(divergences) == 1 else torch.stack(divergences).sum(dim=0)
         if len(means) == 1:
-            return Latent(means[0], variances[0], kl)
-        return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), kl)
+            return Latent(means[0], variances[0], divergences[0])
+        return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.stack(divergences).sum(dim=0))
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
         """Posterior of the log library size of a modality, as :meth:`encode`; expected where a cell lacks it."""
