@@ -19,7 +19,7 @@ def mode(request):
 
 
 def values(*shape, seed=0, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 NODES = ("_Known", "_LogNormalDraw", "_LogSoftplus")
@@ -58,6 +58,26 @@ def test_gamma_of_log_sum_is_the_sum_of_the_log_densities(concentration, rate, m
     )
 
 
+@pytest.mark.parametrize(("concentration", "rate"), [(9.0, 3.0), (0.3, 2.0)])
+def test_gamma_sum_is_the_sum_of_the_log_densities(concentration, rate, mode):
+    check(
+        mode,
+        lambda x: featurewise.gamma_sum(x, concentration, rate),
+        lambda x: priors.gamma(x, concentration, rate).sum(),
+        np.log(concentration / rate) + values(*SHAPE, scale=0.5),
+    )
+
+
+@pytest.mark.parametrize(("shape", "rate"), [(SHAPE, 0.4), ((), 1.0)])
+def test_lognormal_exponential_sum_is_the_sum_of_the_divergences(shape, rate, mode):
+    check(
+        mode,
+        lambda m, s: featurewise.lognormal_exponential_sum(m, s, rate),
+        lambda m, s: priors.lognormal_exponential_kl(m, s.exp(), rate).sum(),
+        *(values(*shape), values(*shape, seed=1) - 1),
+    )
+
+
 def test_log_softplus_from_far_below_zero_to_far_above(mode):
     check(
         mode,
@@ -88,8 +108,9 @@ def test_draws_are_log_normal_and_differentiable_along_their_noise(mode):
         featurewise.log_softplus,
         lambda x: featurewise.gamma_of_log_sum(x, 2.0, 3.0),
         lambda x: featurewise.containment_sum(x, 0.3 * x, torch.zeros(len(x))),
+        lambda x: featurewise.lognormal_exponential_sum(x, 0.3 * x),
     ],
-    ids=["log_softplus", "gamma_of_log_sum", "containment_sum"],
+    ids=["log_softplus", "gamma_of_log_sum", "containment_sum", "lognormal_exponential_sum"],
 )
 def test_a_view_that_is_not_contiguous_has_the_gradient_of_its_copy(function):
     x = values(*SHAPE).t()
@@ -145,6 +166,8 @@ def test_what_is_not_finite_shows(bad):
     assert not torch.isfinite(featurewise.gamma_of_log_sum(x, 2.0, 3.0))
     assert not torch.isfinite(featurewise.containment_sum(x, torch.zeros(1, 9), torch.zeros(1)))
     assert not torch.isfinite(featurewise.containment_sum(torch.zeros(1, 9), x, torch.zeros(1)))
+    assert not torch.isfinite(featurewise.lognormal_exponential_sum(x, torch.zeros(1, 9)))
+    assert not torch.isfinite(featurewise.lognormal_exponential_sum(torch.zeros(1, 9), x))
     if bad != float("-inf"):
         assert torch.isfinite(featurewise.log_normal_draw(x, torch.zeros(1, 9))).sum() == 8
     if bad != bad:

@@ -12,7 +12,7 @@ import torch
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn import compiled as module
 from cellstill.nn import product
-from cellstill.nn.compiled import compiled, kernels, share_out
+from cellstill.nn.compiled import add_up, compiled, kernels, share_out
 from cellstill.nn.product import sparse_pays, sparse_product
 from cellstill.nn.sparse import CSRRows
 
@@ -182,3 +182,20 @@ def test_a_product_that_is_not_differentiated_is_the_same(counts):
         without = sparse_product(rows(counts), matrix)
     assert not without.requires_grad
     assert torch.equal(without, with_gradient)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_what_threads_add_up_comes_on_top_of_what_is_there(n_threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    totals = [np.array([5.0, 0.0]), np.zeros(())]
+    ranges = []
+
+    def add(start, stop, sums):
+        ranges.append((start, stop))
+        sums[0] += [1, stop - start]
+        sums[1] += sum(range(start, stop))
+
+    add_up(add, 10, 1 << 20, totals)
+    assert len(ranges) == n_threads
+    np.testing.assert_array_equal(totals[0], [5 + n_threads, 10])
+    assert totals[1] == sum(range(10))

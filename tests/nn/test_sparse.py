@@ -51,6 +51,17 @@ def test_a_block_of_rows_has_its_own(counts):
     )
 
 
+def test_other_values_stand_in_the_same_places_and_have_totals_of_their_own(counts, mode):
+    dense, rows = counts
+    before = rows.library_size()
+    doubled = rows.with_data(2 * rows.data)
+    np.testing.assert_allclose(doubled.to_dense(), 2 * dense)
+    torch.testing.assert_close(doubled.library_size(), 2 * before)
+    torch.testing.assert_close(doubled.log1p().data, torch.log1p(2 * rows.data))
+    if mode:
+        assert all(own is known for own, known in zip(doubled.places, rows.places, strict=True))
+
+
 def test_log2_cpm(counts):
     dense, rows = counts
     expected = np.log2(1 + 1e6 * dense / np.maximum(dense.sum(axis=1, keepdims=True), 1e-12))
@@ -58,9 +69,13 @@ def test_log2_cpm(counts):
 
 
 def test_several_threads_give_the_same(counts, monkeypatch):
-    _, rows = counts
+    rows = counts[1]
     with compiled(True):
         once = rows.library_size(), rows.log1p().data
+        # What was derived is kept.
+        assert rows.library_size() is once[0]
+        assert rows.log1p().data is once[1]
+        rows = rows.with_data(rows.data)
         monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
         torch.testing.assert_close((rows.library_size(), rows.log1p().data), once, rtol=0, atol=0)

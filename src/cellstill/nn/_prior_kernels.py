@@ -54,8 +54,8 @@ def log_softplus(start, stop, x, out, slope):
 
 
 @_compile
-def gamma_of_log(log_x, concentration, rate, constant, grad):
-    """Sum of the log densities of a Gamma, as densities of the logarithm; fills its gradient.
+def gamma_of_log(log_x, power, rate, constant, grad):
+    """Sum of the log densities of a Gamma, with the ``power`` of x in them; fills its gradient.
 
     ``constant`` is their normaliser, which is about as large as the rest, and of the other sign.
     """
@@ -64,9 +64,21 @@ def gamma_of_log(log_x, concentration, rate, constant, grad):
         value = _F(0)
         for j in range(first, min(first + _CHUNK, log_x.size)):
             x = _F(rate) * _exp(log_x[j])
-            value += (_F(concentration) * log_x[j] - x) + _F(constant)
-            grad[j] = _F(concentration) - x
+            value += (_F(power) * log_x[j] - x) + _F(constant)
+            grad[j] = _F(power) - x
         total += float(value)
+    return total
+
+
+@_compile
+def lognormal_exponential(mean, log_sigma, rate, constant, grad_mean, grad_log_sigma):
+    """Sum of the divergences of LogNormals from an Exponential, up to ``constant`` for each; fills its gradients."""
+    total = 0.0
+    for j in range(mean.size):
+        square = np.exp(_F(2) * log_sigma[j])
+        expected = _F(rate) * np.exp(mean[j] + _F(0.5) * square)
+        total += expected - mean[j] - log_sigma[j] + constant
+        grad_mean[j], grad_log_sigma[j] = expected - _F(1), expected * square - _F(1)
     return total
 
 

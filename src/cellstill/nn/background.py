@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.compiled import add_up, kernels
 from cellstill.nn.composition import SparseComposition
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
@@ -143,11 +142,11 @@ class _ByGroup(NamedTuple):
 
     def of(self, rows: slice) -> torch.Tensor:
         """Values of some cells; one row where there is a single group."""
-        return self.values if len(self.values) == 1 else self.values[self.group[rows]]
+        return self.values if self.values.shape[0] == 1 else self.values[self.group[rows]]
 
     def add(self, terms: torch.Tensor, rows: slice) -> None:
         """Add terms of some cells, which may be overwritten, to the gradient."""
-        if len(self.values) == 1:
+        if self.values.shape[0] == 1:
             self.grad[0].add_(terms.sum(dim=0))
         else:
             self.grad.index_add_(0, self.group[rows], terms)
@@ -166,7 +165,7 @@ def _by_group(
         _check_shape(name, values, (1, x.n_vars))
         group = torch.zeros(x.n_rows, dtype=torch.int64, device=values.device)
     else:
-        _check_shape(name, values, (len(values), x.n_vars))
+        _check_shape(name, values, (values.shape[0], x.n_vars))
         _check_shape(group_name, group, (x.n_rows,))
     return _ByGroup(values, group, torch.zeros_like(values), shape)
 
@@ -212,7 +211,7 @@ class _Background:
         return torch.dot(self.value, self.weight) - self.penalty
 
     def rows(self, logits: torch.Tensor, rows: slice) -> None:
-        penalised = 0 if self.native_penalty is None else min(self.native_penalty.n_cells - rows.start, len(logits))
+        penalised = 0 if self.native_penalty is None else min(self.native_penalty.n_cells - rows.start, logits.shape[0])
         if penalised > 0:
             gradient = self._penalise(logits[:penalised], slice(rows.start, rows.start + penalised))
         self._likelihood(logits, rows)
@@ -235,39 +234,37 @@ class _Background:
         if kernels(logits.device) is not None:
             self._rows_compiled(logits, rows)
             return
-        step = len(logits) if logits.is_cuda else max(1, _CACHED // self.n_vars)
-        for start in range(0, len(logits), step):
-            part = slice(start, min(start + step, len(logits)))
+        step = logits.shape[0] if logits.is_cuda else max(1, _CACHED // self.n_vars)
+        for start in range(0, logits.shape[0], step):
+            part = slice(start, min(start + step, logits.shape[0]))
             self._rows_in_cache(logits[part], slice(rows.start + part.start, rows.start + part.stop))
 
     def _rows_compiled(self, logits: torch.Tensor, rows: slice) -> None:
         from cellstill.nn._background_kernels import background_rows
 
-        x = self.x if len(logits) == self.n_rows else self.x.rows(rows)
+        x = self.x if logits.shape[0] == self.n_rows else self.x.rows(rows)
         grouped = (self.theta, self.background, self.scaling)
         theta, background, scaling = (part.values.numpy() for part in grouped)
         groups = [part.group.numpy()[rows] for part in grouped]
         cells = [part.numpy()[rows] for part in (self.size, self.amount, self.weight)]
         filled = [part.numpy()[rows] for part in (self.value, self.grad_size, self.grad_amount)]
-        counts = x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()
+        counts = x.data.numpy(), *x.places
         values, bias = logits.numpy(), self.bias.numpy()
         inverse = 1 / theta
-
-        def share(start: int, stop: int) -> list[np.ndarray]:
-            sums = [np.zeros(part.shape, np.float32) for part in (theta, background, scaling, bias)]
-            background_rows(
-                *(start, stop, values, bias, cells[0], theta, inverse, groups[0], background, groups[1], cells[1]),
-                *(scaling, groups[2], cells[2], *counts, *filled, *sums),
-            )
-            return sums
-
-        totals = [part.grad for part in grouped] + [self.grad_bias]
-        for sums in share_out(share, len(logits), logits.numel()):
-            for total, added in zip(totals, sums, strict=True):
-                total.add_(torch.from_numpy(added))
+        arrays = (
+            *(values, bias, cells[0], theta, inverse, groups[0], background, groups[1], cells[1]),
+            *(scaling, groups[2], cells[2], *counts, *filled),
+        )
+        totals = [part.grad.numpy() for part in grouped] + [self.grad_bias.numpy()]
+        add_up(
+            lambda start, stop, sums: background_rows(start, stop, *arrays, *sums),
+            logits.shape[0],
+            logits.numel(),
+            totals,
+        )
 
     def _rows_in_cache(self, logits: torch.Tensor, rows: slice) -> None:
-        x = self.x if len(logits) == self.n_rows else self.x.rows(rows)
+        x = self.x if logits.shape[0] == self.n_rows else self.x.rows(rows)
         weight, theta = self.weight[rows, None], self.theta.of(rows)
         logits += self.bias
         native = torch.nn.functional.softplus(logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,7 +85,7 @@ class Loops(NamedTuple):
 
 def kernels(device: torch.device) -> Loops | None:
     """Return the compiled loops, if they are to be used on this device."""
-    return loops() if device.type == "cpu" and _active.get() else None
+    return loops() if _active.get() and device.type == "cpu" else None
 
 
 def fit_loops(*tensors: torch.Tensor) -> bool:
@@ -95,7 +95,7 @@ def fit_loops(*tensors: torch.Tensor) -> bool:
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
     """Contiguous values, without gradient: a view, if the tensor is contiguous."""
-    return tensor.detach().contiguous().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
 
 
 def flat_array(tensor: torch.Tensor) -> np.ndarray:
@@ -115,6 +115,21 @@ def share_out(function: Callable[[int, int], Any], n: int, n_values: int) -> lis
         return [function(0, n)]
     bounds = [n * part // n_threads for part in range(n_threads + 1)]
     return list(_threads(n_threads).map(function, bounds[:-1], bounds[1:]))
+
+
+def add_up(
+    function: Callable[[int, int, Sequence[np.ndarray]], object], n: int, n_values: int, totals: Sequence[np.ndarray]
+) -> None:
+    """As :func:`share_out`, where ``function(start, stop, sums)`` adds to sums, which come together in ``totals``."""
+
+    def share(start: int, stop: int) -> Sequence[np.ndarray]:
+        sums = totals if start == 0 else [np.zeros_like(total) for total in totals]
+        function(start, stop, sums)
+        return sums
+
+    for sums in share_out(share, n, n_values)[1:]:
+        for total, added in zip(totals, sums, strict=True):
+            total += added
 
 
 @cache

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from cellstill.nn.compiled import kernels, share_out
+from cellstill.nn.compiled import add_up, kernels
 from cellstill.nn.priors import sparse_gamma
 
 
@@ -68,15 +69,11 @@ class SparseComposition(NamedTuple):
 
         penalty, gradient, of_bias = torch.empty_like(weight), torch.empty_like(logits), torch.zeros_like(bias)
         constant = self.concentration * math.log(self.rate) - math.lgamma(self.concentration)
-        arrays = [part.numpy() for part in (logits, bias, per_typical)]
+        arrays: list[np.ndarray | float] = [part.numpy() for part in (logits, bias, per_typical)]
         settings = (self.concentration, self.rate, self.floor, constant)
-        filled = penalty.numpy(), gradient.numpy()
-
-        def share(start: int, stop: int) -> torch.Tensor:
-            added = torch.zeros_like(bias)
-            sparse_composition(*(start, stop, *arrays, *settings, weight.numpy(), *filled, added.numpy()))
-            return added
-
-        for added in share_out(share, len(logits), logits.numel()):
-            of_bias += added
+        arrays += [*settings, weight.numpy(), penalty.numpy(), gradient.numpy()]
+        add_up(
+            lambda start, stop, sums: sparse_composition(start, stop, *arrays, *sums),
+            *(logits.shape[0], logits.numel(), [of_bias.numpy()]),
+        )
         return penalty, gradient, of_bias

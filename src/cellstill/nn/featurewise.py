@@ -57,12 +57,35 @@ def gamma_of_log_sum(log_x: torch.Tensor, concentration: float, rate: float) -> 
     """Sum of :func:`~cellstill.nn.priors.gamma_of_log` over all entries."""
     if not fit_loops(log_x):
         return priors.gamma_of_log(log_x, concentration, rate).sum()
+    return _gamma_sum(log_x, concentration, rate, concentration)
+
+
+def gamma_sum(log_x: torch.Tensor, concentration: float, rate: float) -> torch.Tensor:
+    """Sum of :func:`~cellstill.nn.priors.gamma` over all entries."""
+    if not fit_loops(log_x):
+        return priors.gamma(log_x, concentration, rate).sum()
+    return _gamma_sum(log_x, concentration, rate, concentration - 1)
+
+
+def _gamma_sum(log_x: torch.Tensor, concentration: float, rate: float, power: float) -> torch.Tensor:
     from cellstill.nn._prior_kernels import gamma_of_log
 
     grad = contiguous_like(log_x)
     constant = concentration * math.log(rate) - math.lgamma(concentration)
-    total = gamma_of_log(flat_array(log_x), concentration, rate, constant, flat_array(grad))
+    total = gamma_of_log(flat_array(log_x), power, rate, constant, flat_array(grad))
     return _Known.apply(total, [grad], log_x)
+
+
+def lognormal_exponential_sum(mean: torch.Tensor, log_sigma: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+    """Sum of :func:`~cellstill.nn.priors.lognormal_exponential_kl` over all entries."""
+    if not fit_loops(mean, log_sigma) or mean.shape != log_sigma.shape:
+        return priors.lognormal_exponential_kl(mean, log_sigma.exp(), rate).sum()
+    from cellstill.nn._prior_kernels import lognormal_exponential
+
+    grads = [contiguous_like(part) for part in (mean, log_sigma)]
+    constant = -math.log(rate) - priors.ENTROPY_OF_NORMAL
+    total = lognormal_exponential(*[*map(flat_array, (mean, log_sigma)), rate, constant, *map(flat_array, grads)])
+    return _Known.apply(total, grads, mean, log_sigma)
 
 
 class _LogNormalDraw(torch.autograd.Function):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from cellstill.nn.compiled import kernels, loops, share_out
+from cellstill.nn.compiled import add_up, as_array, kernels, loops, share_out
 from cellstill.nn.product import columns_times, rows_times, sparse_pays
 from cellstill.nn.sparse import CSRRows
 
@@ -67,11 +66,11 @@ class _HiddenLayer(torch.autograd.Function):
             standard = rows_times(rows, weight)
         if added is not None:
             standard += added
-        out, inverse = torch.empty_like(standard), standard.new_empty(len(standard))
+        out, inverse = torch.empty_like(standard), standard.new_empty(standard.shape[0])
         normed_relu = loops().layers.normed_relu
-        learned = [part.detach().numpy() for part in (bias, scale, shift)]
+        learned = [as_array(part) for part in (bias, scale, shift)]
         made = standard.numpy(), out.numpy(), inverse.numpy()
-        share_out(lambda start, stop: normed_relu(start, stop, *learned, eps, *made), len(out), out.numel())
+        share_out(lambda start, stop: normed_relu(start, stop, *learned, eps, *made), out.shape[0], out.numel())
         ctx.rows, ctx.by_output = rows, by_output
         ctx.save_for_backward(x, weight, scale, out, standard, inverse)
         return out
@@ -82,15 +81,13 @@ class _HiddenLayer(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         grad = grads[0].contiguous()
         through = torch.empty_like(grad)
-        backward, made = loops().layers.normed_relu_backward, through.numpy()
-        known = [grad.numpy(), *(part.detach().numpy() for part in saved)]
-
-        def share(start: int, stop: int) -> np.ndarray:
-            sums = np.zeros((3, grad.shape[1]), np.float32)
-            backward(start, stop, *known, made, sums)
-            return sums
-
-        of_scale, of_shift, of_bias = torch.from_numpy(sum(share_out(share, len(grad), grad.numel()))).unbind()
+        backward, sums = loops().layers.normed_relu_backward, grad.new_zeros((3, grad.shape[1]))
+        arrays = [as_array(part) for part in (grad, *saved, through)]
+        add_up(
+            lambda start, stop, sums: backward(start, stop, *arrays, *sums),
+            *(grad.shape[0], grad.numel(), [sums.numpy()]),
+        )
+        of_scale, of_shift, of_bias = sums.unbind()
         of_weight = None
         if ctx.needs_input_grad[3] and ctx.rows is not None:
             of_weight = columns_times(ctx.rows, through)

@@ -99,6 +99,6 @@ class MLP(nn.Module):
         if isinstance(x, CSRRows):
             # Zeros stay zero whatever is dropped, so only the non-zeros are drawn.
             if mask is not None:
-                return x._replace(data=x.data * mask[x.indices])
-            return x._replace(data=drop(x.data, p, self.training))
+                return x.with_data(x.data * mask[x.indices])
+            return x.with_data(drop(x.data, p, self.training))
         return nn.functional.dropout(x, p, self.training) if mask is None else x * mask

@@ -329,7 +329,7 @@ def _in_one_precision(x: CSRRows, *dense: torch.Tensor) -> tuple[Any, ...]:
     dtype = torch.float32
     for values in dense:
         dtype = torch.promote_types(dtype, values.dtype)
-    return x._replace(data=x.data.to(dtype)), *[values.to(dtype).contiguous() for values in dense]
+    return x.with_data(x.data.to(dtype)), *[values.to(dtype).contiguous() for values in dense]
 
 
 def _check_mean(x: CSRRows, mean: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ def divergence(
     Shape ``(n,)``.
     """
     known = [part for part in (prior_mean, prior_variance) if isinstance(part, torch.Tensor)]
-    of_rows = len(known) == 2 and all(part.shape == (len(mean), 1) and not part.requires_grad for part in known)
+    of_rows = len(known) == 2 and all(part.shape == (mean.shape[0], 1) and not part.requires_grad for part in known)
     fits = mean.ndim == 2 and mean.shape == variance.shape and (of_rows or not known)
     if not fits or not fit_loops(mean, variance, *known):
         return priors.normal_kl(mean, variance, prior_mean, prior_variance)
@@ -74,7 +74,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, *posterior_and_prior: torch.Tensor) -> torch.Tensor:
         from cellstill.nn._prior_kernels import normal_kl
 
-        out = posterior_and_prior[0].new_empty(len(posterior_and_prior[0]))
+        out = posterior_and_prior[0].new_empty(posterior_and_prior[0].shape[0])
         normal_kl(*map(as_array, (*posterior_and_prior, out)))
         ctx.save_for_backward(*posterior_and_prior)
         return out

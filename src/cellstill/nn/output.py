@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.compiled import kernels, loops, share_out
+from cellstill.nn.compiled import add_up, kernels, loops
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
 from cellstill.nn.special import digamma_difference, log_rising_factorial
@@ -78,7 +78,7 @@ def negative_binomial_output(
     _check_shape("hidden", hidden, (n, weight.shape[1]))
     _check_shape("weight", weight, (n_vars, weight.shape[1]))
     _check_shape("bias", bias, (n_vars,))
-    n_groups = len(theta) if theta.ndim == 2 and group is not None else 1
+    n_groups = theta.shape[0] if theta.ndim == 2 and group is not None else 1
     _check_shape("theta", theta, (n_vars,) if theta.ndim == 1 else (n_groups, n_vars))
     for name, per_cell in (("log_size", log_size), ("group", group), ("cell_weight", cell_weight)):
         if per_cell is not None:
@@ -168,25 +168,17 @@ def _rows_compiled(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
     )
     arrays = (
         *(logits.numpy(), genes.bias.numpy(), log_size, theta, group, weight, np.float32(scale)),
-        *(x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy()),
+        *(x.data.numpy(), *x.places),
         *(cells.value.numpy(), cells.grad_size.numpy()),
     )
-
-    def share(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros(theta.shape, np.float32), np.zeros(theta.shape[1], np.float32)
-        rows(start, stop, *arrays, *sums)
-        return sums
-
     totals = genes.grad_theta.view(theta.shape).numpy(), genes.grad_bias.numpy()
-    for sums in share_out(share, len(logits), logits.numel()):
-        for total, added in zip(totals, sums, strict=True):
-            total += added
+    add_up(lambda start, stop, sums: rows(start, stop, *arrays, *sums), logits.shape[0], logits.numel(), totals)
 
 
 def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:
     """Turn logits into their gradient, with torch's operations."""
-    step = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
-    for start in range(0, len(logits), step):
+    step = logits.shape[0] if logits.is_cuda else max(1, _CACHED // logits.shape[1])
+    for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
         _rows_in_cache(logits[rows], cells.of(rows), genes, scale)
 
@@ -195,7 +187,7 @@ def _rows_in_cache(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
     x = cells.x
     size = x.library_size().clamp(min=1) if cells.log_size is None else cells.log_size.exp()
     weight = torch.full_like(cells.value, scale) if cells.weight is None else cells.weight * scale
-    group, grad_theta = cells.group if len(genes.theta) > 1 else None, genes.grad_theta.view(genes.theta.shape)
+    group, grad_theta = cells.group if genes.theta.shape[0] > 1 else None, genes.grad_theta.view(genes.theta.shape)
     theta = genes.theta if group is None else genes.theta[group]
     logits += genes.bias
     means = torch.softmax(logits, dim=1).mul_(size[:, None])

@@ -30,7 +30,7 @@ def sparse_pays(x: CSRRows, matrix: torch.Tensor) -> bool:
     """
     if matrix.is_cuda:
         return False
-    density = len(x.data) / max(1, x.n_rows * x.n_vars)
+    density = x.data.numel() / max(1, x.n_rows * x.n_vars)
     return density < (0.15 if matrix.numel() > _LARGE and _loops(x, matrix) is None else 0.25)
 
 
@@ -77,13 +77,13 @@ def _loops(x: CSRRows, matrix: torch.Tensor) -> ModuleType | None:
 
 
 def _in_blocks(loop: Callable[..., None], x: CSRRows, matrix: torch.Tensor, n: int, n_out: int) -> torch.Tensor:
-    if len(matrix) != n:
+    if matrix.shape[0] != n:
         # The loops look at no bounds.
-        raise ValueError(f"a matrix of {len(matrix)} rows cannot be multiplied; {n} are needed.")
+        raise ValueError(f"a matrix of {matrix.shape[0]} rows cannot be multiplied; {n} are needed.")
     out = matrix.new_empty((n_out, matrix.shape[1]))
     # As many genes as have their rows, of the matrix or of the product, in the cache together.
     block = max(1, _IN_CACHE // max(1, matrix.shape[1]))
-    rows = (x.data.numpy(), x.indices.int().numpy(), x.indptr.int().numpy())
+    rows = (x.data.numpy(), *x.places)
     known, made = as_array(matrix), out.numpy()
     share_out(lambda start, stop: loop(start, stop, *rows, known, block, made), n_out, x.data.numel() * matrix.shape[1])
     return out

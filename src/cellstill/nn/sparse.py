@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cellstill.nn.compiled import kernels, share_out
 
 
-class CSRRows(NamedTuple):
-    """Rows of a count matrix.
+@dataclass(frozen=True, eq=False)
+class CSRRows:
+    """Rows of a count matrix. What is derived from them is kept, so none of it may be changed in place.
 
     Attributes
     ----------
@@ -39,7 +42,19 @@ class CSRRows(NamedTuple):
     @property
     def n_rows(self) -> int:
         """Number of cells."""
-        return len(self.indptr) - 1
+        return self.indptr.shape[0] - 1
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """``indices`` and ``indptr`` as compiled loops take them, int32."""
+        return self.indices.int().numpy(), self.indptr.int().numpy()
+
+    def with_data(self, data: torch.Tensor) -> CSRRows:
+        """Return rows with other values of the non-zeros."""
+        rows = CSRRows(data, self.indices, self.indptr, self.n_vars)
+        if "places" in self.__dict__:
+            rows.__dict__["places"] = self.places
+        return rows
 
     def rows(self, block: slice) -> CSRRows:
         """Return a block of neighbouring rows, as views."""
@@ -59,12 +74,16 @@ class CSRRows(NamedTuple):
 
     def library_size(self) -> torch.Tensor:
         """Total count of each cell, shape ``(n,)``."""
+        return self._totals
+
+    @cached_property
+    def _totals(self) -> torch.Tensor:
         loops = self._loops()
         if loops is None:
             return self.sum_rows(self.data)
         totals = self.data.new_empty(self.n_rows)
-        known, out = (self.data.numpy(), self.indptr.int().numpy()), totals.numpy()
-        share_out(lambda start, stop: loops.totals(start, stop, *known, out), self.n_rows, len(self.data))
+        known, out = (self.data.numpy(), self.places[1]), totals.numpy()
+        share_out(lambda start, stop: loops.totals(start, stop, *known, out), self.n_rows, self.data.numel())
         return totals
 
     def log1p(self, factor: torch.Tensor | None = None) -> CSRRows:
@@ -75,19 +94,28 @@ class CSRRows(NamedTuple):
         factor
             Of each cell, shape ``(n,)``, without gradient; ``None`` is 1.
         """
-        if factor is not None and factor.shape != (self.n_rows,):
+        if factor is None:
+            return self._logged
+        if factor.shape != (self.n_rows,):
             raise ValueError(f"factor has shape {tuple(factor.shape)}; {(self.n_rows,)} is needed.")
+        return self._log1p(factor)
+
+    @cached_property
+    def _logged(self) -> CSRRows:
+        return self._log1p(None)
+
+    def _log1p(self, factor: torch.Tensor | None) -> CSRRows:
         loops = self._loops()
         if loops is None:
             data = self.data
             if factor is not None:
                 data = data * factor.detach().repeat_interleave(self.indptr.diff(), output_size=len(data))
-            return self._replace(data=torch.log1p(data))
+            return self.with_data(torch.log1p(data))
         factor = self.data.new_ones(self.n_rows) if factor is None else factor.to(self.data.dtype)
         logged = torch.empty_like(self.data)
-        known, out = (self.data.numpy(), self.indptr.int().numpy(), factor.detach().numpy()), logged.numpy()
-        share_out(lambda start, stop: loops.log1p(start, stop, *known, out), self.n_rows, len(self.data))
-        return self._replace(data=logged)
+        known, out = (self.data.numpy(), self.places[1], factor.detach().numpy()), logged.numpy()
+        share_out(lambda start, stop: loops.log1p(start, stop, *known, out), self.n_rows, self.data.numel())
+        return self.with_data(logged)
 
     def _loops(self) -> ModuleType | None:
         """Compiled loops, where they can work on the non-zeros."""
@@ -97,7 +125,7 @@ class CSRRows(NamedTuple):
     def log2_cpm(self) -> CSRRows:
         """``log2(1 + 1e6 x / library size)``, computed on the non-zeros; zeros stay zero."""
         logged = self.log1p(1e6 / self.library_size().clamp(min=1e-12))
-        return logged._replace(data=logged.data / 0.6931471805599453)
+        return logged.with_data(logged.data / 0.6931471805599453)
 
     def to_dense(self) -> torch.Tensor:
         """Fill a dense tensor, shape ``(n, n_vars)``."""

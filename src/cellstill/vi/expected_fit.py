@@ -63,7 +63,10 @@ class _Part:
 
     def __init__(self, told: list[Told]) -> None:
         self.x = sp.vstack(
-            [sp.csr_matrix(tuple(map(to_numpy, one.rows[:3])), (len(one.has), one.rows.n_vars)) for one in told]
+            [
+                sp.csr_matrix(tuple(map(to_numpy, (x.data, x.indices, x.indptr))), (x.n_rows, x.n_vars))
+                for x in (one.rows for one in told)
+            ]
         ).astype(np.float64)
         self.has = np.concatenate([to_numpy(one.has) for one in told]).astype(np.float64)
         total = np.concatenate([to_numpy(one.log_total) for one in told]).astype(np.float64)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cellstill.nn.priors import gamma_of_log, lognormal_exponential_kl
+from cellstill.nn.featurewise import log_normal_draw, lognormal_exponential_sum
+from cellstill.nn.priors import gamma_of_log
 from cellstill.nn.sparse import CSRRows
 from cellstill.vi.networks import GaussianEncoder, Trunk
 
@@ -100,9 +101,12 @@ class Library(nn.Module):
         mean = mean + log_scale
         if self.weight is not None:
             mean = mean + self.residual_weight() * (totals.log() - self.center)[:, None]
-        group = torch.zeros_like(totals, dtype=torch.int64) if self.column is None else codes[self.column]
-        prior_mean = self.group_mean[group, None] + log_scale
-        return LibraryPosterior(mean, variance, prior_mean, self.variance_weight * self.group_variance[group, None])
+        prior = self.group_mean + log_scale, self.variance_weight * self.group_variance
+        return LibraryPosterior(mean, variance, *[self._of_cells(values, len(totals), codes) for values in prior])
+
+    def _of_cells(self, values: torch.Tensor, n: int, codes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Values of the groups of ``n`` cells, shape ``(n, 1)``."""
+        return values.expand(n)[:, None] if self.column is None else values.index_select(0, codes[self.column])[:, None]
 
     def log_observed(self, totals: torch.Tensor) -> torch.Tensor:
         """Observed totals on the scale of log l, shape ``(n, 1)``."""
@@ -115,16 +119,16 @@ class Library(nn.Module):
     def residual_weight(self) -> torch.Tensor:
         """A draw of w_r in training, its mean otherwise."""
         assert self.weight is not None
-        mean, sigma = self.weight["mean"], self.weight["log_sigma"].exp()
+        mean, log_sigma = self.weight["mean"], self.weight["log_sigma"]
         if self.training:
-            return (mean + sigma * torch.randn_like(mean)).exp()
-        return (mean + 0.5 * sigma.square()).exp()
+            return log_normal_draw(mean, log_sigma)
+        return (mean + 0.5 * (2 * log_sigma).exp()).exp()
 
     def penalty(self) -> torch.Tensor:
         """Divergence of w_r from its prior, times the variance weight."""
         if self.weight is None:
             return self.center.new_zeros(())
-        return self.variance_weight * lognormal_exponential_kl(self.weight["mean"], self.weight["log_sigma"].exp())
+        return self.variance_weight * lognormal_exponential_sum(self.weight["mean"], self.weight["log_sigma"])
 
     def scale_penalty(self) -> torch.Tensor:
         """Gamma(5, 5) on s over the sensitivity, as a density of its logarithm, which settles at 1."""

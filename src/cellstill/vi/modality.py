@@ -202,13 +202,13 @@ class Modality(nn.Module):
             yield "library_weight", self.library.penalty()
         if self.library.log_scale is not None:
             yield "modality_scaling", self.library.scale_penalty()
-        weights = [p for name, p in self.decoder.named_parameters() if p.ndim > 1 and "norms" not in name]
         if config.decoder_weight_l2:
             # That of the last layer comes with the likelihood.
-            squares = [weight.square().sum() for weight in weights]
-            yield "decoder_l2", config.decoder_weight_l2 * torch.stack(squares).sum()
+            squares = [torch.dot(flat, flat) for flat in map(torch.flatten, self.decoder.matrices())]
+            yield "decoder_l2", config.decoder_weight_l2 * sum(squares[1:], start=squares[0])
         if config.decoder_weight_l1:
-            magnitudes = torch.stack([weight.abs().sum() for weight in [*weights, self.output.weight]])
+            weights = [*self.decoder.matrices(), self.output.weight]
+            magnitudes = torch.stack([weight.abs().sum() for weight in weights])
             yield "decoder_l1", config.decoder_weight_l1 * magnitudes.sum()
 
 

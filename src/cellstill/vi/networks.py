@@ -57,13 +57,18 @@ class Trunk(nn.Module):
         self.hidden = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
         self.norms = nn.ModuleList([nn.LayerNorm(width) for width in widths])
 
+    def matrices(self) -> list[torch.Tensor]:
+        """Weights of all inputs and of the hidden layers."""
+        layers = [*self.sparse, *([] if self.dense is None else [self.dense]), *self.hidden]
+        return [*(layer.weight for layer in layers), *self.shifts]
+
     def forward(
         self, rows: Sequence[CSRRows], dense: torch.Tensor | None, codes: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """Return the features of the last hidden layer, shape ``(n, widths[-1])``."""
         drop_dense = nn.functional.dropout
         inputs: list[tuple[nn.Module, CSRRows | torch.Tensor]] = [
-            (layer, x._replace(data=drop(x.data, self.dropout, self.training)))
+            (layer, x.with_data(drop(x.data, self.dropout, self.training)))
             for layer, x in zip(self.sparse, rows, strict=True)
         ]
         if self.dense is not None and dense is not None:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cellstill.nn.featurewise import containment_sum, gamma_of_log_sum, log_normal_draw, log_softplus
-from cellstill.nn.priors import gamma
+from cellstill.nn.featurewise import containment_sum, gamma_of_log_sum, gamma_sum, log_normal_draw, log_softplus
 from cellstill.vi.tables import CategoryTables
 
 _NO_OVERDISPERSION = 1e8
@@ -122,7 +121,7 @@ class Dispersion(nn.Module):
     def penalty(self) -> torch.Tensor:
         """Divergence from the containment prior, and the prior of its rate, Gamma(9, 3) as a density of the rate."""
         divergence = containment_sum(self.mean, self.log_sigma, self.log_rate)
-        return divergence - gamma(self.log_rate, 9.0, 3.0).sum()
+        return divergence - gamma_sum(self.log_rate, 9.0, 3.0)
 
 
 class NoOverdispersion(nn.Module):
