@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.condense.evaluated import Evaluation
-from cellstill.metrics.condensation import mean_macro_f1
+from cellstill.metrics.condensation import mean_macro_f1, rarest_classes
 
 N_RESAMPLES = 1000
 KEYS = ["set", "method", "samples_per_class", "seed", "evaluator"]
@@ -46,7 +46,7 @@ class Scores:
         self._evaluations = evaluations
         parts = [found.scores.assign(set=name) for name, found in evaluations.items() if found.condensed]
         self.table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=KEYS)
-        self._resampled: dict[tuple[str, str, int, int, bool], np.ndarray] = {}
+        self._resampled: dict[tuple[str, str, int, int, str], np.ndarray] = {}
 
     def runs(self, method: str, size: int) -> set[tuple[str, int]]:
         """Pairs of data set and seed of which there are results."""
@@ -75,7 +75,10 @@ class Scores:
         return None if inside.all() or not inside.any() else float(found[inside].mean() - found[~inside].mean())
 
     def difference(self, method: str, other: str, size: int, *, score: str = "retention") -> Difference | None:
-        """Difference of two methods over the data sets and seeds that both have results of."""
+        """Difference of two methods over the data sets and seeds that both have results of.
+
+        ``score`` is ``"retention"``, ``"macro_f1"`` or ``"rare_recall"``.
+        """
         runs = self.runs(method, size) & self.runs(other, size)
         if not runs:
             return None
@@ -83,7 +86,7 @@ class Scores:
         for name in sorted({name for name, _ in runs}):
             seeds = [seed for of, seed in runs if of == name]
             both = [
-                np.mean([self._of_run(name, each, size, seed, score == "retention") for seed in seeds], axis=0)
+                np.mean([self._of_run(name, each, size, seed, score) for seed in seeds], axis=0)
                 for each in (method, other)
             ]
             of_sets.append(both[0] - both[1])
@@ -91,25 +94,45 @@ class Scores:
         low, high = np.nanquantile(found[1:], [0.025, 0.975])
         return Difference(float(found[0]), float(low), float(high), len(runs))
 
-    def _of_run(self, name: str, method: str, size: int, seed: int, as_share: bool) -> np.ndarray:
+    def _of_run(self, name: str, method: str, size: int, seed: int, score: str) -> np.ndarray:
         """Mean over evaluators: of the test cells as they are, then of resamples, the same for all methods."""
-        key = (name, method, size, seed, as_share)
+        key = (name, method, size, seed, score)
         if key not in self._resampled:
             found = self._evaluations[name]
             task = found.problem.tasks[0].key
             truth = found.problem.test.codes
             run = next(c for c in found.condensed if (c.method, c.samples_per_class, c.seed) == (method, size, seed))
             predicted = np.stack([run.predictions[each, task] for each in found.evaluators])
-            full = np.stack([found.full.predictions[each, seed, task] for each in found.evaluators])
             draws = np.random.default_rng(0).multinomial(
                 len(truth), np.full(len(truth), 1 / len(truth)), size=N_RESAMPLES
             )
             weights = np.concatenate([np.ones((1, len(truth))), draws])
-            self._resampled[key] = mean_macro_f1(weights, truth, predicted, full if as_share else None)
+            if score == "rare_recall":
+                trained = np.bincount(found.problem.train.codes, minlength=truth.max() + 1)
+                self._resampled[key] = _rare_recall(weights, truth, predicted, trained)
+            else:
+                full = np.stack([found.full.predictions[each, seed, task] for each in found.evaluators])
+                self._resampled[key] = mean_macro_f1(weights, truth, predicted, full if score == "retention" else None)
         return self._resampled[key]
 
 
-def closest(scores: Scores, ours: str, others: Sequence[str], size: int) -> tuple[str, Difference] | None:
+def _rare_recall(weights: np.ndarray, truth: np.ndarray, predicted: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Recall of the rarest quarter of the classes with cells in the test, mean over predictions, by weighting."""
+    right = (predicted == truth).mean(axis=0)
+    recalls = []
+    for code in rarest_classes(np.where(np.isin(np.arange(len(sizes)), truth), sizes, -1)):
+        cells = truth == code
+        total = weights[:, cells].sum(axis=1, dtype=np.float64)
+        reached = weights[:, cells] @ right[cells]
+        recalls.append(np.divide(reached, total, out=np.full(len(total), np.nan), where=total > 0))
+    # A class that no cell was drawn of is left out of that resample's mean.
+    return np.nanmean(recalls, axis=0)
+
+
+def closest(
+    scores: Scores, ours: str, others: Sequence[str], size: int, *, score: str = "retention"
+) -> tuple[str, Difference] | None:
     """The method that ours is least ahead of, and by how much."""
-    found = [(name, difference) for name in others if (difference := scores.difference(ours, name, size)) is not None]
+    differences = {name: scores.difference(ours, name, size, score=score) for name in others}
+    found = [(name, difference) for name, difference in differences.items() if difference is not None]
     return min(found, key=lambda pair: pair[1].value) if found else None

@@ -242,17 +242,13 @@ def check_retention(scores: Scores, options: Options) -> list[Check]:
 
 def _rare(scores: Scores, options: Options, size: int) -> Check:
     """Recall of rare classes less that of the baseline which has most, over the runs that both have."""
-    found = []
-    for name in options.baselines:
-        runs = scores.runs(OURS, size) & scores.runs(name, size)
-        if runs:
-            ours, other = (scores.mean(method, size, "rare_recall", runs) for method in (OURS, name))
-            found.append((ours - other, name, ours, other))
     what = f"recall of the rarest quarter, ahead of the best baseline's, {size} per class"
-    if not found:
+    best = closest(scores, OURS, options.baselines, size, score="rare_recall")
+    if best is None:
         return Check(what, None, ">=", 0.0)
-    ahead, name, ours, other = min(found)
-    return Check(what, ahead, ">=", 0.0, f"{name}: {other:.3f}, ours {ours:.3f}")
+    name, ahead = best
+    ours = scores.mean(OURS, size, "rare_recall", scores.runs(OURS, size) & scores.runs(name, size))
+    return Check(what, ahead.value, ">=", 0.0, f"{_interval(name, ahead)}; ours {ours:.3f}")
 
 
 def _interval(name: str, ahead: Difference) -> str:

@@ -142,6 +142,16 @@ def test_blocks_of_cells_do_not_matter(monkeypatch):
             np.testing.assert_allclose(others[name], grad, rtol=1e-4, atol=limit, err_msg=name)
 
 
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_share_the_cells(n_threads, monkeypatch):
+    counts, parameters, groups = make()
+    alone = evaluate(counts, parameters, groups)
+    monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    shared = evaluate(counts, parameters, groups)
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_permuted_genes_give_permuted_gradients():
     counts, parameters, groups = make()
     order = np.random.default_rng(1).permutation(N_VARS)

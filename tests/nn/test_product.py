@@ -188,14 +188,17 @@ def test_a_product_that_is_not_differentiated_is_the_same(counts):
 def test_what_threads_add_up_comes_on_top_of_what_is_there(n_threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     totals = [np.array([5.0, 0.0]), np.zeros(())]
-    ranges = []
+    own = []
 
-    def add(start, stop, sums):
-        ranges.append((start, stop))
-        sums[0] += [1, stop - start]
-        sums[1] += sum(range(start, stop))
+    def add(start, stop, step, counted, summed):
+        # Threads that shared sums would lose some.
+        own.append(counted)
+        assert counted is totals[0] or not counted.any()
+        counted += [step, stop - start]
+        summed += sum(range(start, stop))
 
-    add_up(add, 10, 1 << 20, totals)
-    assert len(ranges) == n_threads
+    add_up(add, [1], totals, 10, 1 << 20)
+    assert len({id(one) for one in own}) == len(own) == n_threads
+    assert sum(one is totals[0] for one in own) == 1
     np.testing.assert_array_equal(totals[0], [5 + n_threads, 10])
     assert totals[1] == sum(range(10))

@@ -69,13 +69,9 @@ def test_log2_cpm(counts):
 
 
 def test_several_threads_give_the_same(counts, monkeypatch):
-    rows = counts[1]
+    _, rows = counts
     with compiled(True):
         once = rows.library_size(), rows.log1p().data
-        # What was derived is kept.
-        assert rows.library_size() is once[0]
-        assert rows.log1p().data is once[1]
-        rows = rows.with_data(rows.data)
         monkeypatch.setattr("cellstill.nn.compiled._MIN_SHARE", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
         torch.testing.assert_close((rows.library_size(), rows.log1p().data), once, rtol=0, atol=0)

@@ -211,15 +211,28 @@ def test_an_option_adds_its_term_and_nothing_else(option, value):
         assert part == pytest.approx(found.terms[term].item() / N, rel=1e-5)
 
 
-def test_decoder_l1_is_the_sum_of_magnitudes():
-    module = build({"rna": counts_of()}, decoder_weight_l1=0.5)
+@pytest.mark.parametrize("option", ["decoder_weight_l1", "decoder_weight_l2"])
+def test_weights_of_all_layers_and_categories_are_penalised_and_nothing_else(option):
+    torch.manual_seed(0)
+    rna = ModalityConfig(n_vars=9, n_hidden=7, n_latent=3, n_layers=2)
+    settings = {"decoder_weight_l1": 0.0, "decoder_weight_l2": 0.0, option: 0.5}
+    settings |= {"categories": {"batch": 4, "plate": 2}, "conditioning": ("batch", "plate")}
+    module = RegularizedVAE(VAEConfig(modalities={"rna": rna}, **settings))
     part = module.modality("rna")
-    weights = [part.decoder.dense.weight, part.output.weight]
-    penalty = dict(part.penalties(module.config))["decoder_l1"]
-    assert penalty.item() == pytest.approx(0.5 * sum(w.abs().sum().item() for w in weights), rel=1e-6)
+    penalty = dict(part.penalties(module.config))[option.replace("_weight", "")]
     penalty.backward()
-    for weight in weights:
-        torch.testing.assert_close(weight.grad, 0.5 * weight.detach().sign())
+    total = 0.0
+    for name, parameter in part.named_parameters():
+        own = name.startswith("decoder.") and parameter.ndim > 1
+        # The last layer's squares are penalised with the likelihood.
+        if not (own or (name == "output.weight" and option == "decoder_weight_l1")):
+            assert parameter.grad is None, name
+            continue
+        weight = parameter.detach()
+        total += (weight.abs() if option == "decoder_weight_l1" else weight.square()).sum().item()
+        expected = weight.sign() if option == "decoder_weight_l1" else 2 * weight
+        torch.testing.assert_close(parameter.grad, 0.5 * expected, msg=name)
+    assert penalty.item() == pytest.approx(0.5 * total, rel=1e-6)
 
 
 @pytest.mark.parametrize("option", [dict(LOCAL), dict(GLOBAL)], ids=["local", "global"])

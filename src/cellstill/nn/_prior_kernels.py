@@ -54,10 +54,11 @@ def log_softplus(start, stop, x, out, slope):
 
 
 @_compile
-def gamma_of_log(log_x, power, rate, constant, grad):
-    """Sum of the log densities of a Gamma, with the ``power`` of x in them; fills its gradient.
+def gamma(log_x, power, rate, constant, grad):
+    """Sum of the log densities of a Gamma; fills its gradient.
 
-    ``constant`` is their normaliser, which is about as large as the rest, and of the other sign.
+    ``power`` is the concentration where they are densities of the logarithm, and 1 less where they are densities of x.
+    ``constant`` is their normaliser, at large concentrations about as large as the rest, and of the other sign.
     """
     total = 0.0
     for first in range(0, log_x.size, _CHUNK):

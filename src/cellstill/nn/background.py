@@ -256,12 +256,7 @@ class _Background:
             *(scaling, groups[2], cells[2], *counts, *filled),
         )
         totals = [part.grad.numpy() for part in grouped] + [self.grad_bias.numpy()]
-        add_up(
-            lambda start, stop, sums: background_rows(start, stop, *arrays, *sums),
-            logits.shape[0],
-            logits.numel(),
-            totals,
-        )
+        add_up(background_rows, arrays, totals, logits.shape[0], logits.numel())
 
     def _rows_in_cache(self, logits: torch.Tensor, rows: slice) -> None:
         x = self.x if logits.shape[0] == self.n_rows else self.x.rows(rows)

@@ -118,13 +118,16 @@ def share_out(function: Callable[[int, int], Any], n: int, n_values: int) -> lis
 
 
 def add_up(
-    function: Callable[[int, int, Sequence[np.ndarray]], object], n: int, n_values: int, totals: Sequence[np.ndarray]
+    loop: Callable[..., object], known: Sequence[Any], totals: Sequence[np.ndarray], n: int, n_values: int
 ) -> None:
-    """As :func:`share_out`, where ``function(start, stop, sums)`` adds to sums, which come together in ``totals``."""
+    """Call ``loop(start, stop, *known, *sums)``, which adds to sums, as :func:`share_out` does.
+
+    The first thread adds to ``totals`` themselves, the others to sums of their own, which are added in the end.
+    """
 
     def share(start: int, stop: int) -> Sequence[np.ndarray]:
         sums = totals if start == 0 else [np.zeros_like(total) for total in totals]
-        function(start, stop, sums)
+        loop(start, stop, *known, *sums)
         return sums
 
     for sums in share_out(share, n, n_values)[1:]:

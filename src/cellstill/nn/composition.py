@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from cellstill.nn.compiled import add_up, kernels
@@ -69,11 +68,9 @@ class SparseComposition(NamedTuple):
 
         penalty, gradient, of_bias = torch.empty_like(weight), torch.empty_like(logits), torch.zeros_like(bias)
         constant = self.concentration * math.log(self.rate) - math.lgamma(self.concentration)
-        arrays: list[np.ndarray | float] = [part.numpy() for part in (logits, bias, per_typical)]
+        arrays = [part.numpy() for part in (logits, bias, per_typical)]
         settings = (self.concentration, self.rate, self.floor, constant)
-        arrays += [*settings, weight.numpy(), penalty.numpy(), gradient.numpy()]
-        add_up(
-            lambda start, stop, sums: sparse_composition(start, stop, *arrays, *sums),
-            *(logits.shape[0], logits.numel(), [of_bias.numpy()]),
-        )
+        filled = [part.numpy() for part in (weight, penalty, gradient)]
+        totals = [of_bias.numpy()]
+        add_up(sparse_composition, [*arrays, *settings, *filled], totals, logits.shape[0], logits.numel())
         return penalty, gradient, of_bias

@@ -68,11 +68,11 @@ def gamma_sum(log_x: torch.Tensor, concentration: float, rate: float) -> torch.T
 
 
 def _gamma_sum(log_x: torch.Tensor, concentration: float, rate: float, power: float) -> torch.Tensor:
-    from cellstill.nn._prior_kernels import gamma_of_log
+    from cellstill.nn._prior_kernels import gamma
 
     grad = contiguous_like(log_x)
     constant = concentration * math.log(rate) - math.lgamma(concentration)
-    total = gamma_of_log(flat_array(log_x), power, rate, constant, flat_array(grad))
+    total = gamma(flat_array(log_x), power, rate, constant, flat_array(grad))
     return _Known.apply(total, [grad], log_x)
 
 

@@ -81,13 +81,10 @@ class _HiddenLayer(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         grad = grads[0].contiguous()
         through = torch.empty_like(grad)
-        backward, sums = loops().layers.normed_relu_backward, grad.new_zeros((3, grad.shape[1]))
-        arrays = [as_array(part) for part in (grad, *saved, through)]
-        add_up(
-            lambda start, stop, sums: backward(start, stop, *arrays, *sums),
-            *(grad.shape[0], grad.numel(), [sums.numpy()]),
-        )
-        of_scale, of_shift, of_bias = sums.unbind()
+        learned = grad.new_zeros((3, grad.shape[1]))
+        known = [as_array(part) for part in (grad, *saved, through)]
+        add_up(loops().layers.normed_relu_backward, known, [learned.numpy()], grad.shape[0], grad.numel())
+        of_scale, of_shift, of_bias = learned.unbind()
         of_weight = None
         if ctx.needs_input_grad[3] and ctx.rows is not None:
             of_weight = columns_times(ctx.rows, through)

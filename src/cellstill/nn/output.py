@@ -172,7 +172,7 @@ def _rows_compiled(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: fl
         *(cells.value.numpy(), cells.grad_size.numpy()),
     )
     totals = genes.grad_theta.view(theta.shape).numpy(), genes.grad_bias.numpy()
-    add_up(lambda start, stop, sums: rows(start, stop, *arrays, *sums), logits.shape[0], logits.numel(), totals)
+    add_up(rows, arrays, totals, logits.shape[0], logits.numel())
 
 
 def _rows_torch(logits: torch.Tensor, cells: _Cells, genes: _Genes, scale: float) -> None:

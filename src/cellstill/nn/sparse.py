@@ -15,7 +15,7 @@ from cellstill.nn.compiled import kernels, share_out
 
 @dataclass(frozen=True, eq=False)
 class CSRRows:
-    """Rows of a count matrix. What is derived from them is kept, so none of it may be changed in place.
+    """Rows of a count matrix.
 
     Attributes
     ----------
@@ -46,13 +46,14 @@ class CSRRows:
 
     @cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """``indices`` and ``indptr`` as compiled loops take them, int32."""
+        """``indices`` and ``indptr`` as compiled loops take them, int32; converted once, also for :meth:`with_data`."""
         return self.indices.int().numpy(), self.indptr.int().numpy()
 
     def with_data(self, data: torch.Tensor) -> CSRRows:
         """Return rows with other values of the non-zeros."""
         rows = CSRRows(data, self.indices, self.indptr, self.n_vars)
-        if "places" in self.__dict__:
+        if self._loops() is not None:
+            # The cache of a cached property, whether or not the class is frozen.
             rows.__dict__["places"] = self.places
         return rows
 
@@ -74,10 +75,6 @@ class CSRRows:
 
     def library_size(self) -> torch.Tensor:
         """Total count of each cell, shape ``(n,)``."""
-        return self._totals
-
-    @cached_property
-    def _totals(self) -> torch.Tensor:
         loops = self._loops()
         if loops is None:
             return self.sum_rows(self.data)
@@ -94,17 +91,8 @@ class CSRRows:
         factor
             Of each cell, shape ``(n,)``, without gradient; ``None`` is 1.
         """
-        if factor is None:
-            return self._logged
-        if factor.shape != (self.n_rows,):
+        if factor is not None and factor.shape != (self.n_rows,):
             raise ValueError(f"factor has shape {tuple(factor.shape)}; {(self.n_rows,)} is needed.")
-        return self._log1p(factor)
-
-    @cached_property
-    def _logged(self) -> CSRRows:
-        return self._log1p(None)
-
-    def _log1p(self, factor: torch.Tensor | None) -> CSRRows:
         loops = self._loops()
         if loops is None:
             data = self.data

@@ -68,8 +68,8 @@ class RegularizedVAE(nn.Module):
         self.config = config
         names = list(config.modalities)
         # A name may hold a dot, which no child of a module may.
-        self._modality = {name: Modality(one, config) for name, one in config.modalities.items()}
-        self.modalities = nn.ModuleList(self._modality.values())
+        self.modalities = nn.ModuleList([Modality(one, config) for one in config.modalities.values()])
+        self._position = {name: i for i, name in enumerate(names)}
         categories = {column: config.categories[column] for column in config.encoder}
         groups = [names] if config.latent_mode == "single_encoder" else [[name] for name in names]
         self.encoders = nn.ModuleList()
@@ -117,7 +117,7 @@ class RegularizedVAE(nn.Module):
 
     def modality(self, name: str) -> Modality:
         """Return the part of one modality."""
-        return self._modality[name]
+        return cast(Modality, self.modalities[self._position[name]])
 
     def rows(self, batch: Batch) -> dict[str, CSRRows]:
         """Counts of a minibatch."""
@@ -169,7 +169,7 @@ class RegularizedVAE(nn.Module):
 
     def expected_library(self, name: str) -> ExpectedLibrary:
         """Library size of a modality in cells that lack it."""
-        return cast(ExpectedLibrary, self.expected[list(self.config.modalities).index(name)])
+        return cast(ExpectedLibrary, self.expected[self._position[name]])
 
     def told(self, name: str, batch: Batch) -> dict[str, Told]:
         """What the modalities other than ``name`` tell of its library size."""
@@ -298,7 +298,7 @@ class RegularizedVAE(nn.Module):
         return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior) * any_present)
 
     def _term(self, term: str, modality: str) -> str:
-        return term if len(self._modality) == 1 else f"{term}_{modality}"
+        return term if len(self._position) == 1 else f"{term}_{modality}"
 
 
 def _square(weight: torch.Tensor) -> torch.Tensor:
