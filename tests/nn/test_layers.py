@@ -10,9 +10,9 @@ from cellstill.nn.layers import MLP, SparseLinear
 from cellstill.nn.sparse import CSRRows
 
 
-@pytest.fixture
-def x() -> CSRRows:
-    counts = sp.random(9, 40, 0.3, format="csr", random_state=0, dtype=np.float32)
+@pytest.fixture(params=[0.1, 0.3], ids=["sparse", "dense"])
+def x(request) -> CSRRows:
+    counts = sp.random(9, 40, request.param, format="csr", random_state=0, dtype=np.float32)
     counts.data = np.ceil(counts.data * 5)
     counts = sp.csr_matrix(counts.multiply((np.arange(9) != 4)[:, None]))
     return CSRRows.of(CountsLoader(counts).gather(np.arange(9)), 40)

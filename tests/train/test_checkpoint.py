@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from safetensors import safe_open
 
 from cellstill.errors import InvalidArgumentError, StoreError, TrainingError
+from cellstill.nn.compiled import compiled
+from cellstill.nn.layers import MLP
 from cellstill.train import fit, seeded
 from cellstill.train import run as run_module
 
@@ -290,6 +293,34 @@ def test_another_architecture_is_refused(written, new_line, data, loaders):
     assert "the module has ) there and (dropout): Dropout(p=0.2, inplace=False) here" in refused(dropout=0.2)
     assert "frozen parameters have other values" in refused(frozen=True)
     fit(Line(), *loaders(data), max_epochs=3, accelerator="cpu", checkpoint=written, resume=True)
+
+
+def test_settings_that_no_shape_shows_are_refused(tmp_path, new_line, data, loaders):
+    @dataclass(frozen=True)
+    class Config:
+        penalty: float = 0.1
+        prior: str = "gamma"
+
+    class Configured(new_line):
+        def __init__(self, config, dropout=0.1) -> None:
+            super().__init__()
+            self.config = config
+            self.network = MLP([3, 4, 1], dropout=dropout)
+
+    path = tmp_path / "run.safetensors"
+    settings = {"max_epochs": 2, "accelerator": "cpu", "checkpoint": path}
+    fit(Configured(Config()), *loaders(data), **settings)
+
+    def refused(*made_of, compile=False):
+        with pytest.raises(StoreError, match="belongs to another run") as error, compiled(compile):
+            fit(Configured(*made_of), *loaders(data), **settings, resume=True)
+        return str(error.value)
+
+    assert "another run: penalty=0.1 there and 0.2 here. Resume" in refused(Config(penalty=0.2))
+    assert "another run: prior='gamma' there and 'horseshoe' here. Resume" in refused(Config(prior="horseshoe"))
+    assert "dropout=[0.1] there and dropout=[0.5] here" in refused(Config(), 0.5)
+    assert "compiled=False there and True here" in refused(Config(), compile=True)
+    fit(Configured(Config()), *loaders(data), **settings, resume=True)
 
 
 def test_other_data_are_refused(written, new_line, data, loaders):

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from scvi import REGISTRY_KEYS
+from scvi.model import SCVI
 from scvi.model.base import UnsupervisedTrainingMixin
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from scvi.train import TrainingPlan, TrainRunner
@@ -270,3 +275,54 @@ def test_backed_and_csc_counts_are_read_as_csr(adata):
     loader = CountsDataModule.from_manager(FactorModel(other).adata_manager).train_dataloader()
     assert isinstance(loader, CountsLoader)
     np.testing.assert_array_equal(loader.counts.toarray(), adata.X.toarray())
+
+
+def test_scvi_itself_trains_on_dense_minibatches(adata):
+    class Ours(SCVI):
+        _data_splitter_cls = CountsDataModule.from_manager
+
+    Ours.setup_anndata(adata, batch_key="batch")
+    with seeded(0), warnings.catch_warnings():
+        # Lightning would say so, if it could not tell the size of a minibatch.
+        warnings.filterwarnings("error", message=".*infer the `batch_size`.*")
+        model = Ours(adata, n_hidden=16, n_latent=3)
+        model.train(
+            max_epochs=4, batch_size=64, plan_kwargs={"lr": 1e-2}, datasplitter_kwargs={"dense": True}, **quiet()
+        )
+    losses = model.history["train_loss"]["train_loss"].astype(float)
+    assert losses.iloc[-1] < 0.95 * losses.iloc[0]
+    data = CountsDataModule.from_manager(model.adata_manager, batch_size=64, dense=True)
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert next(iter(batch)) == "X"
+    np.testing.assert_array_equal(batch["X"], adata.X[batch["rows"].numpy()].toarray())
+
+
+def test_early_stopping_of_a_trainer_waits_for_the_warm_up(new_noisy):
+    rng = np.random.default_rng(0)
+    per_cell = {"x": rng.normal(size=(120, 3)).astype(np.float32), "y": rng.normal(size=120).astype(np.float32)}
+    data = CountsDataModule(sp.csr_matrix((120, 2), dtype=np.float32), per_cell, batch_size=32)
+    weights = []
+
+    class Watched(new_noisy):
+        def loss(self, batch, kl_weight=1.0):
+            if self.training:
+                weights.append(kl_weight)
+            return super().loss(batch, kl_weight)
+
+    plan = Plan(Watched(), lr=1e-9, kl_warmup=0.5)
+    # Nothing is learned, so that it would stop at once.
+    stopping = EarlyStopping("validation_loss", patience=1, min_delta=1e9)
+    Trainer(
+        max_epochs=20,
+        callbacks=[stopping],
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    ).fit(plan, data)
+    steps = len(data.train_dataloader())
+    assert plan.n_warmup == 10 * steps
+    assert weights[plan.n_warmup - 1] < 1
+    assert weights[plan.n_warmup :] == [1.0] * (len(weights) - plan.n_warmup)
+    assert steps <= len(weights) - plan.n_warmup < 3 * steps

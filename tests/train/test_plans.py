@@ -151,5 +151,43 @@ def test_a_lightning_trainer_follows_the_plan_to_the_same_weights(new_noisy, dat
 def test_a_lightning_trainer_stops_at_a_loss_that_is_not_finite(new_line, data):
     data["y"][3] = np.nan
     module = CountsDataModule(sp.csr_matrix(np.ones((200, 2))), data, train_size=1.0)
-    with pytest.raises(TrainingError, match="train_loss is nan in epoch 0"):
+    with pytest.raises(
+        TrainingError, match=r"train_loss is nan in epoch 0, batch \d of train, because of its cells 3\."
+    ):
         trainer(max_epochs=3).fit(Plan(new_line()), datamodule=module)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero.*", "ignore:.*LeafSpec.*is deprecated")
+@pytest.mark.parametrize("where", ["loss", "gradient of the last step"])
+def test_what_is_not_finite_leaves_the_weights_of_the_epoch_before(new_line, data, where):
+    module = CountsDataModule(sp.csr_matrix(np.ones((200, 2))), data, train_size=1.0, batch_size=50)
+    ends = []
+
+    class Breaking(new_line):
+        n = 0
+
+        def loss(self, batch):
+            self.n += 1
+            per_cell = super().loss(batch)
+            if self.n % 4 == 1:
+                ends.append(copy.deepcopy(self.state_dict()))
+            if where == "loss" and self.n == 11:
+                per_cell = per_cell + torch.inf
+            if where != "loss" and self.n == 12:
+                # The loss is finite, its gradient is not.
+                per_cell = per_cell + (self.linear.bias - self.linear.bias.detach()).abs().sqrt()
+            terms = {"square": per_cell.detach().sum()}
+            return Loss(per_cell.mean(), per_cell.detach(), len(per_cell), terms)
+
+    line = Breaking()
+    expected = {
+        "loss": r"train_loss is inf \(term 'square'\) in epoch 2, batch 2 of train, for all of its cells \d",
+        "gradient of the last step": r"train_loss is nan \(term 'square'\) in epoch 3, batch 0 of train",
+    }[where]
+    with pytest.raises(TrainingError, match=expected):
+        trainer(max_epochs=6).fit(Plan(line, lr=0.1), datamodule=module)
+    assert not line.training
+    assert not torch.equal(ends[1]["linear.weight"], ends[2]["linear.weight"])
+    for name, tensor in line.state_dict().items():
+        assert torch.equal(tensor, ends[2][name]), name

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from cellstill.errors import InvalidArgumentError
-from cellstill.nn.compiled import add_up, kernels
+from cellstill.nn.compiled import add_up, kernels, more_loops
 from cellstill.nn.composition import SparseComposition
 from cellstill.nn.fused import fused_output
 from cellstill.nn.sparse import CSRRows
@@ -240,7 +240,7 @@ class _Background:
             self._rows_in_cache(logits[part], slice(rows.start + part.start, rows.start + part.stop))
 
     def _rows_compiled(self, logits: torch.Tensor, rows: slice) -> None:
-        from cellstill.nn._background_kernels import background_rows
+        background_rows = more_loops("_background_kernels").background_rows
 
         x = self.x if logits.shape[0] == self.n_rows else self.x.rows(rows)
         grouped = (self.theta, self.background, self.scaling)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ _MIN_SHARE = 1 << 18
 """Fewest values for which one more thread is woken."""
 
 _log = logging.getLogger("cellstill")
-_active: ContextVar[bool] = ContextVar("compiled", default=False)
+_active: ContextVar[CompileMode] = ContextVar("compiled", default=False)
 _lock = threading.Lock()
 
 
@@ -43,17 +44,17 @@ def compiled(mode: CompileMode = "auto", *, n_values: float = 0.0) -> Iterator[N
     ----------
     mode
         ``True`` compiles, which takes seconds, once on a machine; ``False`` uses torch's operations alone; ``"auto"``
-        compiles from :data:`WORTH_COMPILING` values on.
+        compiles from :data:`WORTH_COMPILING` values on, where that is possible. On a GPU torch's operations are used.
     n_values
         Cells x genes x epochs that will pass.
 
     Raises
     ------
     InvalidArgumentError
-        Another mode.
+        Another mode; or ``True``, and nothing can be compiled here, which is said when loops are first needed.
     """
     check_compile(mode)
-    token = _active.set(n_values >= WORTH_COMPILING if mode == "auto" else bool(mode))
+    token = _active.set(mode if mode != "auto" or n_values >= WORTH_COMPILING else False)
     try:
         yield
     finally:
@@ -85,7 +86,18 @@ class Loops(NamedTuple):
 
 def kernels(device: torch.device) -> Loops | None:
     """Return the compiled loops, if they are to be used on this device."""
-    return loops() if _active.get() and device.type == "cpu" else None
+    mode = _active.get()
+    if not mode or device.type != "cpu":
+        return None
+    found = _found()
+    if isinstance(found, Loops):
+        return found
+    if mode == "auto":
+        return None
+    raise InvalidArgumentError(
+        f"compile=True, but loops cannot be compiled here: {found}. Set NUMBA_CACHE_DIR to a folder that can be "
+        "written, if that is why, or use compile='auto' or False, which take torch's operations."
+    )
 
 
 def fit_loops(*tensors: torch.Tensor) -> bool:
@@ -140,19 +152,42 @@ def _threads(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, thread_name_prefix="cellstill")
 
 
-@cache
 def loops() -> Loops:
-    """Load the compiled loops, or compile them, and say so."""
-    with _lock:
-        from cellstill.nn import _kernels, _layer_kernels, _optimizer_kernels, _product_kernels, _row_kernels
+    """The compiled loops, where :func:`kernels` has found them."""
+    found = _found()
+    assert isinstance(found, Loops)
+    return found
 
-        folder = Path(_kernels.negative_binomial_rows.stats.cache_path or "")
-        forget_stale(folder, Path(__file__).parent.glob("*_kernels.py"))
-        if not any(folder.glob("_kernels.negative_binomial_rows-*.nbi")):
-            _log.warning("Compiling the loops of the CPU: some seconds, once on this machine.")
-        found = Loops(_kernels, _layer_kernels, _optimizer_kernels, _product_kernels, _row_kernels)
+
+@cache
+def _found() -> Loops | str:
+    """Load the compiled loops, or compile them; where that fails, say so, and return why."""
+    try:
+        found = Loops(*_load("_kernels", "_layer_kernels", "_optimizer_kernels", "_product_kernels", "_row_kernels"))
         _run_all(found)
-        return found
+    # Whatever it is that a compiler stumbles over, torch's operations are there.
+    except Exception as error:  # noqa: BLE001
+        why = f"{type(error).__name__}: {error}"
+        _log.warning("Loops of the CPU cannot be compiled (%s). Torch's operations are used, which take longer.", why)
+        return why
+    return found
+
+
+@cache
+def more_loops(name: str) -> ModuleType:
+    """Load a module of loops that only some models use."""
+    return _load(name)[0]
+
+
+def _load(*names: str) -> list[ModuleType]:
+    """Import modules of loops, and say so where their loops are compiled first, which they are when they are called."""
+    with _lock:
+        modules = [import_module(f"cellstill.nn.{name}") for name in names]
+        folder = Path(import_module("cellstill.nn._kernels").negative_binomial_rows.stats.cache_path or "")
+        forget_stale(folder, Path(__file__).parent.glob("*_kernels.py"))
+        if not all(any(folder.glob(f"{name}.*.nbi")) for name in names):
+            _log.warning("Compiling loops of the CPU: some seconds, once on this machine.")
+        return modules
 
 
 def forget_stale(folder: Path, sources: Iterable[Path]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from cellstill.nn.compiled import add_up, kernels
+from cellstill.nn.compiled import add_up, kernels, more_loops
 from cellstill.nn.priors import sparse_gamma
 
 
@@ -64,7 +64,7 @@ class SparseComposition(NamedTuple):
             along = (of_ratio * ratio).sum(dim=1, keepdim=True)
             gradient = (of_ratio * per_typical - along) * torch.sigmoid(logits) * (weight[:, None] / total)
             return self.penalty(native), gradient, gradient.sum(dim=0)
-        from cellstill.nn._background_kernels import sparse_composition
+        sparse_composition = more_loops("_background_kernels").sparse_composition
 
         penalty, gradient, of_bias = torch.empty_like(weight), torch.empty_like(logits), torch.zeros_like(bias)
         constant = self.concentration * math.log(self.rate) - math.lgamma(self.concentration)

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cellstill.nn import priors
-from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array, share_out
+from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array, more_loops, share_out
 
 
 def log_normal_draw(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def containment_sum(mean: torch.Tensor, log_sigma: torch.Tensor, log_rate: torch
     fits = mean.ndim == 2 and mean.shape == log_sigma.shape and log_rate.shape == mean.shape[:1]
     if not fits or not fit_loops(mean, log_sigma, log_rate):
         return priors.containment_kl(mean, log_sigma.exp(), log_rate[:, None]).sum()
-    from cellstill.nn._prior_kernels import containment
+    containment = more_loops("_prior_kernels").containment
 
     grads = [contiguous_like(part) for part in (mean, log_sigma, log_rate)]
     constant = priors.LOG_2 - priors.ENTROPY_OF_NORMAL
@@ -68,7 +68,7 @@ def gamma_sum(log_x: torch.Tensor, concentration: float, rate: float) -> torch.T
 
 
 def _gamma_sum(log_x: torch.Tensor, concentration: float, rate: float, power: float) -> torch.Tensor:
-    from cellstill.nn._prior_kernels import gamma
+    gamma = more_loops("_prior_kernels").gamma
 
     grad = contiguous_like(log_x)
     constant = concentration * math.log(rate) - math.lgamma(concentration)
@@ -80,7 +80,7 @@ def lognormal_exponential_sum(mean: torch.Tensor, log_sigma: torch.Tensor, rate:
     """Sum of :func:`~cellstill.nn.priors.lognormal_exponential_kl` over all entries."""
     if not fit_loops(mean, log_sigma) or mean.shape != log_sigma.shape:
         return priors.lognormal_exponential_kl(mean, log_sigma.exp(), rate).sum()
-    from cellstill.nn._prior_kernels import lognormal_exponential
+    lognormal_exponential = more_loops("_prior_kernels").lognormal_exponential
 
     grads = [contiguous_like(part) for part in (mean, log_sigma)]
     constant = -math.log(rate) - priors.ENTROPY_OF_NORMAL
@@ -91,7 +91,7 @@ def lognormal_exponential_sum(mean: torch.Tensor, log_sigma: torch.Tensor, rate:
 class _LogNormalDraw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: torch.Tensor, log_sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        from cellstill.nn._prior_kernels import log_normal
+        log_normal = more_loops("_prior_kernels").log_normal
 
         out, slope = contiguous_like(mean), contiguous_like(mean)
         arrays = [flat_array(part) for part in (mean, log_sigma, noise, out, slope)]
@@ -109,7 +109,7 @@ class _LogNormalDraw(torch.autograd.Function):
 class _LogSoftplus(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        from cellstill.nn._prior_kernels import log_softplus
+        log_softplus = more_loops("_prior_kernels").log_softplus
 
         out, slope = contiguous_like(x), contiguous_like(x)
         arrays = [flat_array(part) for part in (x, out, slope)]

@@ -75,6 +75,10 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(size) for size in sizes[1:-1]])
         self.output = nn.Linear(sizes[-2], sizes[-1])
 
+    def extra_repr(self) -> str:
+        """What no part of it shows."""
+        return f"dropout={self.dropout}"
+
     def draw_masks(self, generator: torch.Generator) -> Masks:
         """Draw one dropout mask per layer: a draw of the whole function (Gal & Ghahramani 2016), not of each row."""
         device = self.output.weight.device

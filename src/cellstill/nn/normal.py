@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cellstill.nn import priors
-from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array
+from cellstill.nn.compiled import as_array, contiguous_like, fit_loops, flat_array, more_loops
 
 
 def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def divergence(
 class _Draw(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: torch.Tensor, variance: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        from cellstill.nn._prior_kernels import normal_draw
+        normal_draw = more_loops("_prior_kernels").normal_draw
 
         out, slope = contiguous_like(mean), contiguous_like(mean)
         normal_draw(*map(flat_array, (mean, variance, noise, out, slope)))
@@ -72,7 +72,7 @@ class _Draw(torch.autograd.Function):
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *posterior_and_prior: torch.Tensor) -> torch.Tensor:
-        from cellstill.nn._prior_kernels import normal_kl
+        normal_kl = more_loops("_prior_kernels").normal_kl
 
         out = posterior_and_prior[0].new_empty(posterior_and_prior[0].shape[0])
         normal_kl(*map(as_array, (*posterior_and_prior, out)))
@@ -82,7 +82,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from cellstill.nn._prior_kernels import normal_kl_backward
+        normal_kl_backward = more_loops("_prior_kernels").normal_kl_backward
 
         made = contiguous_like(ctx.saved_tensors[0]), contiguous_like(ctx.saved_tensors[1])
         normal_kl_backward(*map(as_array, (*ctx.saved_tensors, grads[0], *made)))

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def describe_run(module: torch.nn.Module, loaders: Mapping[str, Any], settings: 
     Parameters
     ----------
     module
-        Before training. Shapes of what is trained and content of what is frozen.
+        Before training. Shapes of what is trained, content of what is frozen, what it prints of itself, and the fields
+        of its ``config``, if that is a dataclass.
     loaders
         By role. Those with a ``fingerprint()`` are told apart by what they yield, others by their length.
     settings
@@ -156,12 +157,21 @@ def describe_run(module: torch.nn.Module, loaders: Mapping[str, Any], settings: 
     return {
         "architecture": {
             "repr": _ADDRESS.sub("", repr(module)),
+            "config": _settings_of(module),
             "trained": architecture,
             "frozen": _hash_frozen(module),
         },
         "data": data,
         "settings": dict(settings),
     }
+
+
+def _settings_of(module: torch.nn.Module) -> dict[str, str]:
+    """Settings of a module that it keeps as a dataclass, ``config``, by name."""
+    config = getattr(module, "config", None)
+    if not is_dataclass(config):
+        return {}
+    return {field.name: repr(getattr(config, field.name)) for field in fields(config)}
 
 
 def _hash_frozen(module: torch.nn.Module) -> str:
@@ -190,6 +200,12 @@ def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: M
             f"{name} is {_shown(there['trained'].get(name))} there and {_shown(here['trained'].get(name))} here"
             for name in names
             if there["trained"].get(name) != here["trained"].get(name)
+        ]
+        known, settings = there.get("config", {}), here["config"]
+        different += [
+            f"{name}={known.get(name)} there and {value} here"
+            for name, value in settings.items()
+            if known.get(name) != value
         ]
         for line, other in zip(there["repr"].splitlines(), here["repr"].splitlines(), strict=False):
             if line != other:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from cellstill.data.counts import as_csr
 from cellstill.data.loader import CountsLoader, split_cells
 from cellstill.errors import InvalidArgumentError
+from cellstill.nn.sparse import CSRRows
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -41,6 +42,9 @@ class CountsDataModule(LightningDataModule):
         Seeds split and shuffling.
     prefetch, device
         See :class:`~cellstill.data.CountsLoader`.
+    dense
+        Give a ``Trainer`` the counts of a minibatch as a dense tensor under ``"X"`` in place of CSR rows, which is how
+        modules of scvi-tools read them. They are made dense on the device of training, a minibatch at a time.
 
     Attributes
     ----------
@@ -68,8 +72,10 @@ class CountsDataModule(LightningDataModule):
         seed: int = 0,
         prefetch: int | None = None,
         device: str | torch.device | None = None,
+        dense: bool = False,
     ) -> None:
         super().__init__()
+        self.dense = dense
         self.counts = counts
         self.per_cell = per_cell
         if splits is None:
@@ -112,7 +118,7 @@ class CountsDataModule(LightningDataModule):
         external_indexing
             ``splits`` of the constructor; parts that are left out are empty.
         **kwargs
-            Further arguments of the constructor.
+            Further arguments of the constructor: such as ``dense=True``, for a module of scvi-tools itself.
         """
         from cellstill._compat.scvi import registered_arrays
 
@@ -150,6 +156,14 @@ class CountsDataModule(LightningDataModule):
     def test_dataloader(self) -> CountsLoader | list[Any]:
         """Minibatches of the test cells, in order; an empty list if there are none."""
         return self._loader(self.test_idx, self.evaluation_batch_size) if len(self.test_idx) else []
+
+    def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        """Make the counts dense, if that was asked for."""
+        if not self.dense:
+            return batch
+        others = {name: values for name, values in batch.items() if name not in ("data", "indices", "indptr")}
+        # First, because Lightning takes the size of a minibatch from its first tensor.
+        return {"X": CSRRows.of(batch, self.counts.shape[1]).to_dense(), **others}
 
     def _loader(self, cells: np.ndarray, batch_size: int, *, shuffle: bool = False) -> CountsLoader:
         return CountsLoader(

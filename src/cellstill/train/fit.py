@@ -12,6 +12,7 @@ import torch
 
 from cellstill._compat.malloc import keeping_freed_memory
 from cellstill.errors import InvalidArgumentError, StoreError, check_option
+from cellstill.nn.compiled import kernels
 from cellstill.train.best import KeepBest
 from cellstill.train.checkpoint import describe_run, read_checkpoint
 from cellstill.train.devices import ACCELERATORS, PRECISIONS, on_device
@@ -156,6 +157,7 @@ def fit(
                 "gradient_clip": gradient_clip,
                 "precision": precision,
                 "devices": ranks.size,
+                "compiled": kernels(device) is not None,
             }
             described = describe_run(module, loaders, settings)
         if device.type != "cpu":

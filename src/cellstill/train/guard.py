@@ -5,50 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from cellstill.train.fault import Fault, listed
 from cellstill.train.loop import Batch, Loop, evaluating, non_finite, set_training
 from cellstill.train.plans import Loss
 
-_N_SHOWN = 3
 _CSR = ("data", "indices", "indptr")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Where training left the finite numbers.
-
-    Attributes
-    ----------
-    split
-        ``"train"`` or ``"validation"``.
-    batch
-        Number of the minibatch in its epoch, from 0.
-    what
-        What is not finite.
-    cells
-        Positions of its cells (``batch["rows"]``); if some are to blame by themselves, only those.
-    alone
-        They are to blame by themselves, and others of the minibatch are not.
-    """
-
-    split: str
-    batch: int
-    what: str
-    cells: list[int]
-    alone: bool
-
-    def sentence(self, epoch: int, names: Sequence[str] | None) -> str:
-        """Say it, with the names of cells if they are known."""
-        shown = ", ".join(
-            f"{cell} ({str(names[cell])!r})" if names is not None else str(cell) for cell in self.cells[:_N_SHOWN]
-        )
-        more = f" and {len(self.cells) - _N_SHOWN} more" if len(self.cells) > _N_SHOWN else ""
-        whose = "because of" if self.alone else "for all of"
-        return f"{self.what} in epoch {epoch}, batch {self.batch} of {self.split}, {whose} its cells {shown}{more}."
 
 
 def find_fault(loop: Loop) -> Fault | None:
@@ -137,9 +102,9 @@ def _fault(split: str, index: int, looks: Sequence[_Look]) -> Fault | None:
     terms = list(dict.fromkeys(name for look in faulty for name in look.terms))
     gradients = list(dict.fromkeys(name for look in faulty for name in look.gradients))
     if math.isfinite(total) and not terms:
-        what = f"The gradient of {_listed(gradients)} is not finite while {split}_loss is {total:g}"
+        what = f"The gradient of {listed(gradients)} is not finite while {split}_loss is {total:g}"
     else:
-        what = f"{split}_loss is {total:g}" + (f" (term {_listed(terms)})" if terms else "")
+        what = f"{split}_loss is {total:g}" + (f" (term {listed(terms)})" if terms else "")
     cells: list[int] = []
     before = 0
     for look in looks:
@@ -197,8 +162,3 @@ def cut(batch: Batch, start: int, stop: int) -> dict[str, torch.Tensor]:
         part[name] = indptr - first
         part.update({prefix + array: batch[prefix + array][first:last] for array in ("data", "indices")})
     return part
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _N_SHOWN} more" if len(names) > _N_SHOWN else ""
-    return ", ".join(map(repr, names[:_N_SHOWN])) + more

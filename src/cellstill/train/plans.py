@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,8 @@ from lightning.pytorch import LightningModule
 from cellstill.errors import InvalidArgumentError, TrainingError
 from cellstill.nn.compiled import kernels
 from cellstill.train.adamw import CompiledAdamW, fits
+from cellstill.train.fault import Fault, listed
+from cellstill.train.state import changing, copy_weights, put_weights
 from cellstill.train.warmup import warmup_steps
 
 _GLOBAL_LR = 10.0
@@ -151,6 +153,7 @@ class Plan(LightningModule):
         self.weight_decay = weight_decay
         self.kl_warmup = kl_warmup
         self.sums = LossSums()
+        self._good: dict[str, torch.Tensor] = {}
         self.n_warmup = 0
         self.n_obs = n_obs
         arguments = inspect.signature(module.loss).parameters
@@ -202,10 +205,22 @@ class Plan(LightningModule):
         steps = max(int(self.trainer.num_training_batches), 1)
         self.n_obs = getattr(self.trainer.datamodule, "n_train", self.n_obs)
         self.plan_steps(max(int(self.trainer.estimated_stepping_batches) // steps, 1), steps)
+        # Early stopping waits for the warm-up, and for an epoch at full weight after it.
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.min_steps = max(loop.min_steps or 0, self.n_warmup + steps if self.n_warmup else 0)
+
+    def on_train_epoch_start(self) -> None:
+        """Keep the weights: those of the last epoch whose losses were finite."""
+        # A last step may have spoilt them without any loss that shows it.
+        if all(bool(tensor.isfinite().all()) for _, tensor in changing(self.module) if tensor.is_floating_point()):
+            self._good = copy_weights(self.module, self._good)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Return the mean loss of a minibatch."""
         loss = self.evaluate(batch, self.global_step)
+        # A GPU would be waited for; there it shows at the end of the epoch.
+        if loss.total.device.type == "cpu" and not math.isfinite(loss.total.item()):
+            self._stop(self._fault(loss, batch, batch_idx))
         self.sums.add(loss)
         return loss.total
 
@@ -230,12 +245,28 @@ class Plan(LightningModule):
         losses = self.sums.pop(split)
         value = losses[f"{split}_loss"]
         if not math.isfinite(value):
-            raise TrainingError(
-                f"{split}_loss is {value} in epoch {self.current_epoch}. Train with a smaller lr, and check that the "
-                "counts have no extreme outliers."
-            )
+            self._stop(f"{split}_loss is {value} in epoch {self.current_epoch}.")
         # The size of a minibatch of CSR rows cannot be read off its tensors.
         self.log_dict(losses, prog_bar=True, batch_size=1, sync_dist=True)
+
+    def _fault(self, loss: Loss, batch: Mapping[str, torch.Tensor], batch_idx: int) -> str:
+        """Say which minibatch, term and cells a loss is not finite of."""
+        cells: list[int] = [] if loss.per_cell is None else (~loss.per_cell.isfinite()).nonzero().flatten().tolist()
+        alone = bool(cells) and len(cells) < loss.n
+        rows = batch["rows"].tolist() if "rows" in batch else range(loss.n)
+        terms = [name for name, term in loss.terms.items() if not bool(term.isfinite().all())]
+        what = f"train_loss is {loss.total.item():g}" + (f" (term {listed(terms)})" if terms else "")
+        fault = Fault("train", batch_idx, what, [rows[cell] for cell in cells or range(loss.n)], alone)
+        return fault.sentence(self.current_epoch, None)
+
+    def _stop(self, what: str) -> NoReturn:
+        """Give the module its last good weights back, and raise."""
+        put_weights(self.module, self._good)
+        self.module.eval()
+        raise TrainingError(
+            f"{what} The module has the weights of the last epoch whose losses were finite, or those it started with. "
+            "Train with a smaller lr, and check that the counts have no extreme outliers."
+        )
 
 
 def _at_least_float32(loss: torch.Tensor) -> torch.dtype:
