@@ -6,13 +6,18 @@ import logging
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
+from cellstill import AmbientRegularizedSCVI, Distiller
+from cellstill.data import SimulationConfig, simulate_counts
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn import compiled as module
 from cellstill.nn.compiled import WORTH_COMPILING, compiled, kernels
+from cellstill.teachers import LatentTeacher
 
 CPU = torch.device("cpu")
 
@@ -81,3 +86,25 @@ def test_compiling_is_said_for_each_part_that_is_not_on_disk_and_for_no_other(tm
     said = [run(code, NUMBA_CACHE_DIR=str(tmp_path))[1].count(announced) for _ in range(2)]
     # The first time neither is there; the second, only what was not called then is not.
     assert said == [2, 1]
+
+
+def test_getters_of_many_cells_use_the_loops(monkeypatch):
+    """Latents of a Distiller and of regularised VI, as of few cells."""
+    data = simulate_counts(SimulationConfig(n_obs=90, n_vars=40), seed=0)
+    AmbientRegularizedSCVI.setup_anndata(data, batch_key="batch")
+    vi = AmbientRegularizedSCVI(data, n_hidden=8, n_latent=3, background=False).train(
+        max_epochs=1, progress=False, accelerator="cpu"
+    )
+    data.obsm["X_pca"] = np.random.default_rng(0).normal(size=(90, 4))
+    distiller = Distiller(data, batch_key="batch", teacher=LatentTeacher("X_pca"), n_latent=4)
+    distiller.train(1, 1, progress=False, accelerator="cpu")
+    layers = module._found().layers
+    used = Mock(wraps=layers.normed_relu)
+    monkeypatch.setattr(layers, "normed_relu", used)
+    for getter in (vi.get_latent_representation, distiller.get_latent_representation):
+        few, before = getter(), used.call_count
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "WORTH_COMPILING", 0)
+            many = getter()
+        assert used.call_count > before
+        np.testing.assert_allclose(many, few, rtol=1e-4, atol=1e-5)

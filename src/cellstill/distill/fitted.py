@@ -17,6 +17,7 @@ from cellstill.data.pca import PCA
 from cellstill.distill.cells import Cells
 from cellstill.distill.student import Decoder, Encoder
 from cellstill.io.store import array_to_names, names_to_array
+from cellstill.nn.compiled import compiled
 from cellstill.nn.layers import Masks
 
 _LARGEST_RESIDUAL = 50.0
@@ -110,7 +111,8 @@ class Fitted:
         """
         latent = np.empty((len(cells), len(self.center)), dtype=np.float32)
         loader = CountsLoader(cells.encoded, batch_size=batch_size)
-        with torch.inference_mode(), keeping_freed_memory():
+        n_values = float(np.prod(cells.encoded.shape))
+        with torch.inference_mode(), keeping_freed_memory(), compiled("auto", n_values=n_values):
             projected = self.project(cells) if projected is None else projected
             for start in range(0, len(cells), batch_size):
                 rows = np.arange(start, min(start + batch_size, len(cells)))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cellstill._compat.malloc import keeping_freed_memory
+from cellstill.nn.compiled import compiled
 from cellstill.nn.sparse import CSRRows
 from cellstill.vi.cells import Cells
 from cellstill.vi.modality import Batch
@@ -41,13 +42,16 @@ def blocks(module: RegularizedVAE, cells: Cells, batch_size: int) -> Iterator[Bl
     """Encode cells in order; the module is in evaluation mode, and nothing records gradients."""
     device = next(module.parameters()).device
     loader = cells.loader(batch_size=batch_size)
-    start = 0
+    start, n_values = 0, float(sum(np.prod(matrix.shape) for matrix in cells.counts.values()))
     with torch.inference_mode(), keeping_freed_memory():
         for host in loader:
             batch = {name: values.to(device) for name, values in host.items()}
             counts = module.rows(batch)
             n = next(iter(counts.values())).n_rows
-            yield Block(slice(start, start + n), batch, counts, module.encode(counts, batch))
+            # Not around the loop: what is asked for between two blocks is not of its concern.
+            with compiled("auto", n_values=n_values):
+                latent = module.encode(counts, batch)
+            yield Block(slice(start, start + n), batch, counts, latent)
             start += n
 
 
