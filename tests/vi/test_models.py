@@ -17,6 +17,7 @@ from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data.soup import expected_native
 from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
 from cellstill.vi.evaluation import blocks, expected_means
+from cellstill.vi.roles import resolve_roles
 
 mpl.use("Agg")
 
@@ -291,6 +292,19 @@ def test_roles_decide_what_modalities_have(joint):
         joint.get_ambient_profile(modality="peaks")
 
 
+@pytest.mark.parametrize("kind", ["spliced", "unspliced"])
+def test_spliced_and_unspliced_are_roles_of_rna(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        mdata = mudata.MuData({"first": make(), "peaks": make(N_PEAKS, "p")})
+    RegularizedMultimodalVI.setup_mudata(mdata, modality_roles={"first": kind})
+    part = RegularizedMultimodalVI(mdata, **SMALL).module.config.modalities["first"]
+    assert (part.background, part.feature_scaling) == ("profile", False)
+    assert resolve_roles(["first", "adt"], {"first": kind}) == {"first": "rna", "adt": "protein"}
+    with pytest.raises(InvalidArgumentError, match=r"modality_roles\['first'\]='intron' .*'spliced', 'unspliced'"):
+        RegularizedMultimodalVI.setup_mudata(mdata, modality_roles={"first": "intron"})
+
+
 def test_unknown_role_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -302,13 +316,61 @@ def test_unknown_role_is_refused():
         RegularizedMultimodalVI.setup_anndata(make())
 
 
-@pytest.mark.parametrize("latent_mode", ["weighted_mean", "single_encoder"])
-def test_other_latent_modes_train_and_say_what_they_lack(latent_mode):
+@pytest.fixture(scope="module")
+def unpaired():
+    """Make data whose first 20 cells lack RNA, the next 10 ATAC, under any names of the modalities."""
+
+    def unpaired(rna="gex", atac="peaks"):
+        has_atac = np.r_[:20, 30:N]
+        parts = {rna: make()[20:].copy(), atac: make(N_PEAKS, "p", seed=1)[has_atac].copy()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return mudata.MuData(dict(sorted(parts.items())))
+
+    return unpaired
+
+
+def test_set_up_says_how_many_cells_lack_a_modality(unpaired, caplog):
+    with caplog.at_level("INFO", logger="cellstill"):
+        RegularizedMultimodalVI.setup_mudata(make_mudata())
+        assert not [message for message in caplog.messages if "lack" in message]
+        RegularizedMultimodalVI.setup_mudata(unpaired())
+    what = "they add nothing to its terms, and its part of their z, if it has one, is the prior."
+    said = [message for message in caplog.messages if "lack" in message]
+    assert said == [f"20 of 90 cells lack 'gex': {what}", f"10 of 90 cells lack 'peaks': {what}"]
+
+
+def test_a_weighted_mean_is_that_of_what_the_encoders_say(unpaired):
+    mdata = unpaired()
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    model = RegularizedMultimodalVI(mdata, latent_mode="weighted_mean", **SMALL).train(max_epochs=3, batch_size=32)
+    with torch.no_grad():
+        model.module.mixing += torch.tensor([1.0, -0.5])
+    parts = model.get_modality_latents()
+    assert list(parts) == ["gex", "peaks"]
+    share = torch.softmax(model.module.mixing, dim=0).tolist()
+    joint, has = model.get_latent_representation(), model._cells().present
+    both = has["gex"] & has["peaks"]
+    expected = share[0] * parts["gex"] + share[1] * parts["peaks"]
+    np.testing.assert_allclose(joint[both], expected[both], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(parts["gex"][both], parts["peaks"][both], atol=1e-3)
+    for name, other in (("gex", "peaks"), ("peaks", "gex")):
+        lacks = ~has[name]
+        assert not parts[name][lacks].any()
+        np.testing.assert_allclose(joint[lacks], parts[other][lacks], rtol=1e-5, atol=1e-7)
+    some = model.get_modality_latents(indices=[50, 3])
+    np.testing.assert_allclose(some["peaks"], parts["peaks"][[50, 3]], rtol=1e-5, atol=1e-7)
+    model.minify_mudata()
+    with pytest.raises(InvalidArgumentError, match="This needs counts"):
+        model.get_modality_latents()
+
+
+def test_one_encoder_has_no_latents_of_modalities():
     mdata = make_mudata()
     RegularizedMultimodalVI.setup_mudata(mdata)
-    model = RegularizedMultimodalVI(mdata, latent_mode=latent_mode, **SMALL).train(max_epochs=2)
+    model = RegularizedMultimodalVI(mdata, latent_mode="single_encoder", **SMALL).train(max_epochs=2)
     assert model.get_latent_representation().shape == (N, 4)
-    with pytest.raises(InvalidArgumentError, match="latent_mode"):
+    with pytest.raises(InvalidArgumentError, match="latent_mode='single_encoder' .*'concatenation' or 'weighted_mean'"):
         model.get_modality_latents()
 
 
