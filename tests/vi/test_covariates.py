@@ -85,6 +85,7 @@ def test_feature_scaling_follows_the_conditioning_keys_where_asked(scaling, expe
     arguments = {"nn_conditioning_covariate_keys": ["site"], "feature_scaling_covariate_keys": scaling}
     assert resolve(**arguments, scaling_follows_conditioning=True).feature_scaling == expected
     assert resolve(**arguments).feature_scaling == (() if scaling is None else expected)
+    assert resolve(**arguments, scaling_follows_conditioning=True).scaling_named == bool(scaling)
 
 
 def test_encoder_keys_are_off_by_default_and_warn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import anndata as ad
@@ -16,7 +17,9 @@ import torch
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data.soup import expected_native
 from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.nn import normal
 from cellstill.vi.evaluation import blocks, expected_means
+from cellstill.vi.roles import resolve_roles
 
 mpl.use("Agg")
 
@@ -291,6 +294,19 @@ def test_roles_decide_what_modalities_have(joint):
         joint.get_ambient_profile(modality="peaks")
 
 
+@pytest.mark.parametrize("kind", ["spliced", "unspliced"])
+def test_spliced_and_unspliced_are_roles_of_rna(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        mdata = mudata.MuData({"first": make(), "peaks": make(N_PEAKS, "p")})
+    RegularizedMultimodalVI.setup_mudata(mdata, modality_roles={"first": kind})
+    part = RegularizedMultimodalVI(mdata, **SMALL).module.config.modalities["first"]
+    assert (part.background, part.feature_scaling) == ("profile", False)
+    assert resolve_roles(["first", "adt"], {"first": kind}) == {"first": "rna", "adt": "protein"}
+    with pytest.raises(InvalidArgumentError, match=r"modality_roles\['first'\]='intron' .*'spliced', 'unspliced'"):
+        RegularizedMultimodalVI.setup_mudata(mdata, modality_roles={"first": "intron"})
+
+
 def test_unknown_role_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -302,14 +318,192 @@ def test_unknown_role_is_refused():
         RegularizedMultimodalVI.setup_anndata(make())
 
 
-@pytest.mark.parametrize("latent_mode", ["weighted_mean", "single_encoder"])
-def test_other_latent_modes_train_and_say_what_they_lack(latent_mode):
+@pytest.fixture(scope="module")
+def unpaired():
+    """Make data whose first 20 cells lack RNA, the next 10 ATAC, under any names of the modalities."""
+
+    def unpaired(rna="gex", atac="peaks"):
+        has_atac = np.r_[:20, 30:N]
+        parts = {rna: make()[20:].copy(), atac: make(N_PEAKS, "p", seed=1)[has_atac].copy()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return mudata.MuData(dict(sorted(parts.items())))
+
+    return unpaired
+
+
+def test_set_up_says_how_many_cells_lack_a_modality(unpaired, caplog):
+    with caplog.at_level("INFO", logger="cellstill"):
+        RegularizedMultimodalVI.setup_mudata(make_mudata())
+        assert not [message for message in caplog.messages if "lack" in message]
+        RegularizedMultimodalVI.setup_mudata(unpaired())
+    what = "they add nothing to its terms, and its part of their z, if it has one, is the prior."
+    said = [message for message in caplog.messages if "lack" in message]
+    assert said == [f"20 of 90 cells lack 'gex': {what}", f"10 of 90 cells lack 'peaks': {what}"]
+
+
+def test_a_weighted_mean_is_that_of_what_the_encoders_say(unpaired):
+    mdata = unpaired()
+    RegularizedMultimodalVI.setup_mudata(mdata)
+    model = RegularizedMultimodalVI(mdata, latent_mode="weighted_mean", **SMALL).train(max_epochs=3, batch_size=32)
+    with torch.no_grad():
+        model.module.mixing += torch.tensor([1.0, -0.5])
+    parts = model.get_modality_latents()
+    assert list(parts) == ["gex", "peaks"]
+    share = torch.softmax(model.module.mixing, dim=0).tolist()
+    joint, has = model.get_latent_representation(), model._cells().present
+    both = has["gex"] & has["peaks"]
+    expected = share[0] * parts["gex"] + share[1] * parts["peaks"]
+    np.testing.assert_allclose(joint[both], expected[both], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(parts["gex"][both], parts["peaks"][both], atol=1e-3)
+    for name, other in (("gex", "peaks"), ("peaks", "gex")):
+        lacks = ~has[name]
+        assert not parts[name][lacks].any()
+        np.testing.assert_allclose(joint[lacks], parts[other][lacks], rtol=1e-5, atol=1e-7)
+    some = model.get_modality_latents(indices=[50, 3])
+    np.testing.assert_allclose(some["peaks"], parts["peaks"][[50, 3]], rtol=1e-5, atol=1e-7)
+    model.minify_mudata()
+    with pytest.raises(InvalidArgumentError, match="This needs counts"):
+        model.get_modality_latents()
+
+
+def test_one_encoder_has_no_latents_of_modalities():
     mdata = make_mudata()
     RegularizedMultimodalVI.setup_mudata(mdata)
-    model = RegularizedMultimodalVI(mdata, latent_mode=latent_mode, **SMALL).train(max_epochs=2)
+    model = RegularizedMultimodalVI(mdata, latent_mode="single_encoder", **SMALL).train(max_epochs=2)
     assert model.get_latent_representation().shape == (N, 4)
-    with pytest.raises(InvalidArgumentError, match="latent_mode"):
+    with pytest.raises(InvalidArgumentError, match="latent_mode='single_encoder' .*'concatenation' or 'weighted_mean'"):
         model.get_modality_latents()
+
+
+@pytest.mark.parametrize("latent_mode", ["concatenation", "weighted_mean", "single_encoder"])
+def test_modalities_in_another_order_change_nothing(unpaired, latent_mode, monkeypatch):
+    """The random start follows the order of the names; what given parameters say of cells does not."""
+    names, sizes = {"gex": "b: gex", "peaks": "a: peaks"}, {"gex": 4, "peaks": 4}
+    if latent_mode == "concatenation":
+        sizes["peaks"] = 3
+    mdata, renamed = unpaired(), unpaired(names["gex"], names["peaks"])
+    for data in (mdata, renamed):
+        RegularizedMultimodalVI.setup_mudata(data)
+    settings = {**SMALL, "latent_mode": latent_mode}
+    model = RegularizedMultimodalVI(mdata, **{**settings, "n_latent": sizes}).train(max_epochs=2, batch_size=32)
+    other = RegularizedMultimodalVI(
+        renamed, **{**settings, "n_latent": {names[name]: size for name, size in sizes.items()}}
+    )
+    assert other.modality_names == [names["peaks"], names["gex"]]
+    torch.manual_seed(0)
+    for encoder in model.module.encoders:
+        encoder.output.reset_parameters()  # z depends on the cell, as after a long training
+    if model.module.mixing is not None:
+        torch.nn.init.normal_(model.module.mixing)
+    order = np.r_[4:7, 0:4] if latent_mode == "concatenation" else np.arange(4)
+    other.module.load_state_dict(reversed_modalities(model.module.state_dict(), order))
+    other.is_trained_ = True
+    rows = renamed.obs_names.get_indexer(mdata.obs_names)
+
+    def assert_same(getter, convert=np.asarray, **settings):
+        """Of both modalities, or those that ``modality`` names."""
+        for name in settings.pop("modality", names):
+            expected = convert(getattr(model, getter)(modality=name, **settings))
+            found = convert(getattr(other, getter)(modality=names[name], indices=rows, **settings))
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max(), err_msg=getter)
+
+    for found, expected in zip(
+        other.get_latent_representation(indices=rows, return_dist=True),
+        model.get_latent_representation(return_dist=True),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected[:, order], rtol=1e-4, atol=1e-6)
+    assert_same("get_latent_library_size")
+    assert_same("get_normalized_expression")
+    assert_same("get_normalized_expression", library_size="latent", include_background=True, modality=["gex"])
+    assert_same("get_denoised_counts", lambda counts: counts.toarray(), modality=["gex"])
+    assert_same("get_ambient_fraction", lambda share: share.fillna(-1).to_numpy(), modality=["gex"])
+    found, expected = other.get_modality_attribution(indices=rows), model.get_modality_attribution()
+    for name, own in names.items():
+        np.testing.assert_allclose(found[own].attribution, expected[name].attribution[:, order], rtol=1e-3, atol=1e-6)
+    if latent_mode != "single_encoder":
+        found, expected = other.get_modality_latents(indices=rows), model.get_modality_latents()
+        for name, own in names.items():
+            np.testing.assert_allclose(found[own], expected[name], rtol=1e-4, atol=1e-6)
+
+    # Draws follow the order of the names too: at the means instead.
+    monkeypatch.setattr(normal, "draw", lambda mean, variance: mean)
+    with torch.inference_mode():
+        expected, found = (
+            one.module.loss(next(iter(one._cells()[cells].loader(batch_size=N))), kl_weight=0.5, n_obs=N)
+            for one, cells in ((model, None), (other, rows))
+        )
+    terms = {term: value.item() for term, value in expected.terms.items()}
+    for name, own in names.items():
+        terms = {term.replace(f"_{name}", f"_{own}"): value for term, value in terms.items()}
+    assert {term: value.item() for term, value in found.terms.items()} == pytest.approx(terms, rel=1e-4)
+    np.testing.assert_allclose(found.per_cell, expected.per_cell, rtol=1e-4)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+
+
+def reversed_modalities(state, order):
+    """Parameters with the second of two modalities first, and the dimensions of z in ``order``."""
+    one_encoder = not any(key.startswith("encoders.1.") for key in state)
+    of_modality = (
+        r"(modalities|expected|encoders\.0\.trunk\.sparse)\.(\d)\."
+        if one_encoder
+        else (r"(modalities|expected|encoders)\.(\d)\.")
+    )
+    moved = {}
+    for key, value in state.items():
+        if key.endswith("decoder.dense.weight"):
+            value = value[:, order]
+        elif key == "mixing":
+            value = value.flip(0)
+        moved[re.sub(of_modality, lambda found: f"{found[1]}.{1 - int(found[2])}.", key)] = value
+    return moved
+
+
+def test_permuted_genes_give_permuted_results(rna):
+    adata, order = make(), np.random.default_rng(0).permutation(N_GENES)
+    moved = adata[:, order].copy()
+    AmbientRegularizedSCVI.setup_anndata(moved, batch_key="lane", nn_conditioning_covariate_keys=["site"])
+    other = AmbientRegularizedSCVI(moved, **SMALL)
+    state = rna.module.state_dict()
+    for name, value in state.items():
+        for axis, size in enumerate(value.shape):
+            if size == N_GENES:
+                state[name] = value.index_select(axis, torch.from_numpy(order))
+    other.module.load_state_dict(state)
+    other.is_trained_ = True
+    np.testing.assert_allclose(other.get_latent_representation(), rna.get_latent_representation(), rtol=1e-4, atol=1e-5)
+    genes = [f"g{i}" for i in order]
+    expression = rna.get_normalized_expression(library_size="latent", include_background=True)
+    found = other.get_normalized_expression(library_size="latent", include_background=True)
+    assert list(found.columns) == genes
+    pd.testing.assert_frame_equal(found, expression[genes], rtol=1e-4)
+    pd.testing.assert_frame_equal(other.get_ambient_profile(), rna.get_ambient_profile()[genes], rtol=1e-5)
+    denoised = rna.get_denoised_counts().toarray()[:, order]
+    np.testing.assert_allclose(other.get_denoised_counts().toarray(), denoised, rtol=1e-3, atol=1e-5)
+    assert not np.allclose(rna.get_denoised_counts().toarray(), denoised, rtol=0.1)
+
+
+@pytest.mark.parametrize("which", ["rna", "joint"])
+def test_a_fall_of_the_loss_counts_from_so_much_per_feature_on(which):
+    data, kind = (make(), AmbientRegularizedSCVI) if which == "rna" else (make_mudata(), RegularizedMultimodalVI)
+    (kind.setup_anndata if which == "rna" else kind.setup_mudata)(data)
+    n_features = N_GENES if which == "rna" else N_GENES + N_PEAKS
+
+    def watched(**settings):
+        model = kind(data, **SMALL)
+        model.train(6, lr=5e-3, batch_size=32, train_size=1.0, early_stopping_patience=2, **settings)
+        return model.history_["loss_train"].iloc[:, 0].to_numpy()
+
+    whole = watched(early_stopping=False)
+    assert (np.diff(whole) < 0).all()
+    assert len(watched(early_stopping_min_delta_per_feature=0)) == len(whole) == 6
+    # Training stops after two epochs that bring less than counts as a fall.
+    fall = (whole[0] - whole[2]) / n_features
+    assert len(watched(early_stopping_min_delta_per_feature=1.01 * fall)) == 3
+    assert len(watched(early_stopping_min_delta_per_feature=0.99 * fall)) > 3
+    with pytest.raises(InvalidArgumentError, match=r"early_stopping_min_delta_per_feature=-0\.1 is below 0"):
+        watched(early_stopping_min_delta_per_feature=-0.1)
 
 
 @pytest.mark.parametrize("which", ["rna", "joint"])

@@ -89,6 +89,7 @@ class RegularizedModel(MinifiableModel):
     ) -> VAEConfig:
         """Join modalities, covariates and settings."""
         keys = self._keys
+        keys.check_effects(modalities)
         conditioning = keys.conditioning
         if use_batch_in_decoder:
             if keys.batch is None:

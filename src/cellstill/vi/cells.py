@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from cellstill.vi.covariates import CovariateKeys
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
+
+_log = logging.getLogger("cellstill")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,17 @@ class Cells:
             scales=used_scales,
             overlap=overlap,
         )
+
+    def say_what_is_lacking(self) -> None:
+        """Tell the log how many cells lack each modality, and what follows for their latents."""
+        for name, has in self.present.items():
+            if not has.all():
+                lacking = int((~has).sum())
+                _log.info(
+                    "%d of %d cells lack %r: they add nothing to its terms, and its part of their z, if it has one, is "
+                    "the prior.",
+                    *(lacking, len(self), name),
+                )
 
     @property
     def per_cell(self) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from cellstill.data.covariates import obs_column
 from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.vi.config import ModalityConfig
 
 _log = logging.getLogger("cellstill")
 
@@ -39,6 +40,8 @@ class CovariateKeys:
         Numbers, standardised.
     library_key, dataset_key, technical
         Vocabulary of metrics: the finest technical unit, the data sets that units nest in, and other technical axes.
+    scaling_named
+        Whether the columns of ``feature_scaling`` were named for it, and do not only follow those of ``conditioning``.
     """
 
     batch: str | None = None
@@ -52,6 +55,7 @@ class CovariateKeys:
     library_key: str | None = None
     dataset_key: str | None = None
     technical: tuple[str, ...] = ()
+    scaling_named: bool = False
 
     @classmethod
     def resolve(
@@ -122,7 +126,7 @@ class CovariateKeys:
                 )
             ambient, dispersion, library_size = (batch,), batch, batch
         conditioning = _names("nn_conditioning_covariate_keys", nn_conditioning_covariate_keys)
-        scaling = _names("feature_scaling_covariate_keys", feature_scaling_covariate_keys)
+        scaling = named = _names("feature_scaling_covariate_keys", feature_scaling_covariate_keys)
         if feature_scaling_covariate_keys is None and scaling_follows_conditioning:
             scaling = conditioning
         keys = cls(
@@ -137,6 +141,7 @@ class CovariateKeys:
             library_key=_name("library_key", library_key),
             dataset_key=_name("dataset_key", dataset_key),
             technical=_names("technical_covariate_keys", technical_covariate_keys),
+            scaling_named=bool(named),
         )
         both = [column for column in keys.continuous if column in keys.columns]
         if both:
@@ -212,6 +217,31 @@ class CovariateKeys:
                 _check_names(values, argument)
         if self.library_key is not None and self.dataset_key is not None:
             check_nested(obs, self.library_key, self.dataset_key)
+
+    def check_effects(self, modalities: Mapping[str, ModalityConfig]) -> None:
+        """Refuse keys that were named for a part that no modality has.
+
+        What ``batch_key`` stands for, and scaling that follows the conditioning keys, may find nothing to act on.
+
+        Parameters
+        ----------
+        modalities
+            By name.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A key would change nothing; the message names it and the setting that leaves it none.
+        """
+        backgrounds = {name: modality.background or False for name, modality in modalities.items()}
+        likelihoods = {name: modality.likelihood for name, modality in modalities.items()}
+        scalings = {name: modality.feature_scaling for name, modality in modalities.items()}
+        if self.batch is None:
+            _check_effect("ambient_covariate_keys", self.ambient, "background", backgrounds, False, "profile")
+            _check_effect("dispersion_key", self.dispersion, "likelihood", likelihoods, "poisson", "negative_binomial")
+        if self.scaling_named:
+            argument = "feature_scaling_covariate_keys"
+            _check_effect(argument, self.feature_scaling, "use_feature_scaling", scalings, False, True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold."""
@@ -291,6 +321,17 @@ def _encoder_keys(keys: Sequence[str] | str | bool | None, conditioning: tuple[s
             stacklevel=5,
         )
     return names
+
+
+def _check_effect(
+    argument: str, named: Sequence[str] | str | None, setting: str, found: Mapping[str, Any], off: Any, instead: Any
+) -> None:
+    if named and all(value == off for value in found.values()):
+        shown = list(named) if isinstance(named, tuple) else named
+        raise InvalidArgumentError(
+            f"{argument}={shown!r} would change nothing: {setting} is {found}. Set the data up without it, or use "
+            f"{setting}={instead!r}."
+        )
 
 
 def _check_continuous(values: pd.Series) -> None:

@@ -82,12 +82,15 @@ class Getters(RegularizedModel):
     def get_modality_latents(
         self, adata: AnnData | MuData | None = None, indices: np.ndarray | Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Each modality's own part of z.
+        """Each modality's own part of z; with ``latent_mode="weighted_mean"``, what its encoder says of all of z.
+
+        The joint z is then their mean over the modalities that a cell has, with the weights
+        ``softmax(model.module.mixing)``, in the order of the names.
 
         Parameters
         ----------
         adata, indices
-            As in :meth:`get_latent_representation`.
+            As in :meth:`get_latent_representation`. A weighted mean needs counts: minified data do not hold its parts.
 
         Returns
         -------
@@ -96,17 +99,34 @@ class Getters(RegularizedModel):
         Raises
         ------
         InvalidArgumentError
-            The model has one z for all modalities (``latent_mode``).
+            The model has one encoder for all modalities (``latent_mode``).
         """
         config = self.module.config
-        if config.latent_mode != "concatenation":
+        if config.latent_mode == "single_encoder":
             raise InvalidArgumentError(
-                f"With latent_mode={config.latent_mode!r} modalities have no parts of z of their own. Use "
-                "get_latent_representation, or train with latent_mode='concatenation'."
+                "With latent_mode='single_encoder' modalities have no latents of their own. Use "
+                "get_latent_representation, or train with latent_mode='concatenation' or 'weighted_mean'."
             )
+        if config.latent_mode == "weighted_mean":
+            return self._means_by_encoder(adata, indices)
         joint = self.get_latent_representation(adata, indices)
         stops = np.cumsum([modality.n_latent for modality in config.modalities.values()])
         return dict(zip(config.modalities, np.split(joint, stops[:-1], axis=1), strict=True))
+
+    def _means_by_encoder(
+        self, adata: AnnData | MuData | None, indices: np.ndarray | Sequence[int] | None
+    ) -> dict[str, np.ndarray]:
+        """Posterior mean of each modality's encoder; 0 for cells that lack the modality."""
+        self._require_trained()
+        cells = self._cells(adata, covariates=False)[indices]
+        shape = (len(cells), self.module.config.n_latent)
+        means = {name: np.empty(shape, dtype=np.float32) for name in self.module.config.modalities}
+        for block in blocks(self.module, cells, 4096):
+            for own, (mean, _) in zip(means.values(), self.module.posteriors(block.counts, block.batch), strict=True):
+                own[block.rows] = to_numpy(mean)
+        for name, own in means.items():
+            own[~cells.present[name]] = 0.0
+        return means
 
     def get_latent_library_size(
         self,

@@ -136,11 +136,10 @@ class RegularizedVAE(nn.Module):
         if "latent/mean" in batch:
             mean, variance = batch["latent/mean"], batch["latent/variance"]
             return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior))
-        seen = {name: self._encoder_input(name, x) for name, x in rows.items()}
+        posteriors = self.posteriors(rows, batch)
         if self.config.latent_mode == "single_encoder":
-            mean, variance = self.encoders[0](list(seen.values()), None, batch)
+            mean, variance = posteriors[0]
             return Latent(mean, variance, normal.divergence(mean, variance, 0.0, prior))
-        posteriors = [encoder([x], None, batch) for encoder, x in zip(self.encoders, seen.values(), strict=True)]
         present = [batch.get(f"{name}/present") for name in rows]
         if self.config.latent_mode == "weighted_mean":
             return self._weighted_mean(posteriors, present, prior)
@@ -158,6 +157,13 @@ class RegularizedVAE(nn.Module):
         if len(means) == 1:
             return Latent(means[0], variances[0], divergences[0])
         return Latent(torch.cat(means, dim=1), torch.cat(variances, dim=1), torch.stack(divergences).sum(dim=0))
+
+    def posteriors(self, rows: Mapping[str, CSRRows], batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean and variance of z by encoder, also of cells that lack its modality."""
+        seen = [self._encoder_input(name, x) for name, x in rows.items()]
+        if self.config.latent_mode == "single_encoder":
+            return [self.encoders[0](seen, None, batch)]
+        return [encoder([x], None, batch) for encoder, x in zip(self.encoders, seen, strict=True)]
 
     def library(self, name: str, x: CSRRows, batch: Batch) -> LibraryPosterior:
         """Posterior of the log library size of a modality, as :meth:`encode`; expected where a cell lacks it."""

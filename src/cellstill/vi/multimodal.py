@@ -53,7 +53,7 @@ class RegularizedMultimodalVI(Analysis):
         factors. With 1 where counts are in the hundreds, decoders are too slow to tell cells apart.
     background, use_feature_scaling
         ``None`` follows the modality's role: a ``"profile"`` background for RNA, a ``"free"`` one for protein, feature
-        scaling for ATAC. ``False`` leaves either out.
+        scaling for ATAC, and for all modalities where its covariates were named. ``False`` leaves either out.
     ambient_rate
         See :class:`~cellstill.vi.AmbientRegularizedSCVI`; of all modalities with a ``"profile"`` background.
     latent_mode
@@ -115,7 +115,7 @@ class RegularizedMultimodalVI(Analysis):
         seed: int = 0,
     ) -> None:
         cells = self._start(mdata, None, seed, None)
-        names, roles = self.modality_names, self._setup["roles"]
+        names, roles, scaled = self.modality_names, self._setup["roles"], self._keys.scaling_named
         backgrounds = _each("background", background, names)
         scalings = _each("use_feature_scaling", use_feature_scaling, names)
         settings: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ class RegularizedMultimodalVI(Analysis):
         for name in names:
             usual = ROLES[roles[name]]
             own_background = usual.background if backgrounds[name] is None else backgrounds[name]
-            own_scaling = usual.feature_scaling if scalings[name] is None else scalings[name]
+            own_scaling = (scaled or usual.feature_scaling) if scalings[name] is None else scalings[name]
             if settings["sensitivity"][name] is None:
                 settings["sensitivity"][name] = _largest_mean(cells, name) if usual.at_most_one else 1.0
             modalities[name] = ModalityConfig(
@@ -198,7 +198,7 @@ class RegularizedMultimodalVI(Analysis):
         technical_covariate_keys: Sequence[str] | None = None,
         allow_noninteger: bool = False,
     ) -> None:
-        """Check a data set and register it.
+        """Check a data set and register it; the log says how many cells lack a modality.
 
         Parameters
         ----------
@@ -209,13 +209,14 @@ class RegularizedMultimodalVI(Analysis):
             Names of the modalities to model, or a dictionary from names to layers with counts (``None`` is ``X``).
             Without it, ``X`` of all of them.
         modality_roles
-            What each modality measures: ``"rna"`` (also spliced, unspliced), ``"atac"`` or ``"protein"``; guessed from
-            common names where left out.
+            What each modality measures: ``"rna"`` (``"spliced"`` and ``"unspliced"`` are other names for it),
+            ``"atac"`` or ``"protein"``; guessed from common names where left out.
         batch_key, ambient_covariate_keys, nn_conditioning_covariate_keys, dispersion_key, library_size_key
             See :meth:`AmbientRegularizedSCVI.setup_anndata`. Columns are looked for in ``mdata.obs``, then in ``obs``
             of the modalities; ``"modality:column"`` names one of those.
         feature_scaling_covariate_keys
-            Columns whose categories have a factor per feature; by default the conditioning keys.
+            Columns whose categories have a factor per feature, in all modalities. ``None`` is the conditioning keys,
+            in the modalities whose role has feature scaling: ATAC.
         encoder_covariate_keys, continuous_covariate_keys, library_key, dataset_key, technical_covariate_keys
             See :meth:`AmbientRegularizedSCVI.setup_anndata`.
         allow_noninteger
@@ -263,6 +264,7 @@ class RegularizedMultimodalVI(Analysis):
         )
         keys.check(complete_obs(mdata, keys.arguments))
         cells = Cells.read(mdata, keys, layers=layers, allow_noninteger=allow_noninteger)
+        cells.say_what_is_lacking()
         for name in (name for name, role in roles.items() if role == "rna"):
             has = cells.present[name]
             for column in keys.left_to_z:

@@ -101,6 +101,7 @@ class Query(Differential):
             allow_noninteger=setup["allow_noninteger"],
             min_gene_overlap=min_gene_overlap,
         )
+        cells.say_what_is_lacking()
         cls._register(adata, keys, setup, cls._registry_of(setup, reference._categories), extend=True)
         known = {"features": reference._features, "categories": cells.categories, "scales": reference._scales}
         model = cls.__new__(cls)

@@ -44,6 +44,8 @@ ROLES: dict[str, RoleDefaults] = {
     "protein": RoleDefaults(background="free", feature_scaling=False, at_most_one=True),
 }
 
+_KINDS_OF_RNA = ("spliced", "unspliced")
+
 _NAMES: dict[str, tuple[str, ...]] = {
     "rna": ("rna", "gex", "gene", "genes", "expression", "transcriptome", "spliced", "unspliced", "mrna", "scrna"),
     "atac": ("atac", "peak", "peaks", "accessibility", "chromatin", "fragments", "scatac", "tiles"),
@@ -59,7 +61,8 @@ def resolve_roles(modalities: Sequence[str], given: Mapping[str, str] | None) ->
     modalities
         Names.
     given
-        Roles by modality; those left out are guessed from common names, such as ``"gex"`` or ``"peaks"``.
+        Roles by modality, where ``"spliced"`` and ``"unspliced"`` are ``"rna"``; those left out are guessed from common
+        names, such as ``"gex"`` or ``"peaks"``.
 
     Raises
     ------
@@ -69,7 +72,8 @@ def resolve_roles(modalities: Sequence[str], given: Mapping[str, str] | None) ->
     given = dict(given or {})
     for name, role in given.items():
         check_option("modality_roles", name, modalities)
-        check_option(f"modality_roles[{name!r}]", role, ROLES)
+        check_option(f"modality_roles[{name!r}]", role, (*ROLES, *_KINDS_OF_RNA))
+        given[name] = "rna" if role in _KINDS_OF_RNA else role
     roles = {name: given.get(name) or _guess(name) for name in modalities}
     unknown = [name for name, role in roles.items() if role is None]
     if unknown:
