@@ -435,7 +435,7 @@ class SCDD(RegisteredModel):
             )
             classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
             rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
         registry = None
         if adata is None:
