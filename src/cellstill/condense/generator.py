@@ -72,7 +72,8 @@ class Denoiser(nn.Module):
     Parameters
     ----------
     n_latent, n_classes
-        Sizes; the class ``n_classes`` stands for none.
+        Sizes; the class ``n_classes`` stands for none. Several labels of a cell are one class, their combination, with
+        one embedding.
     n_hidden, n_blocks
         Width, and number of residual blocks.
     """
