@@ -64,6 +64,20 @@ def above_zero(argument: str, value: object) -> float:
     return float(value)
 
 
+def at_least_zero(argument: str, value: object) -> float:
+    """Return a finite number of at least 0, of any type, as ``float``; refuse all else, naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        raise InvalidArgumentError(f"{argument}={value!r} has to be a number of at least 0.")
+    return float(value)
+
+
+def below_one(argument: str, value: object) -> float:
+    """Return a number from 0 to below 1, of any type, as ``float``; refuse all else, naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+        raise InvalidArgumentError(f"{argument}={value!r} has to be at least 0 and below 1.")
+    return float(value)
+
+
 def check_option(argument: str, value: object, known: Iterable[str]) -> None:
     """Raise unless ``value`` is one of ``known``, naming the argument and listing what is known."""
     known = list(known)

@@ -294,6 +294,35 @@ def test_bad_labels(key, error, message):
         CondensationProblem.from_anndata(adata, key)
 
 
+@pytest.mark.parametrize("categorical", [True, False])
+@pytest.mark.parametrize("written", ["", "  ", "nan", "NaN", "NAN", "NA", " NA ", "N/A", "<NA>", "NaT", "None"])
+def test_labels_that_are_missing_as_text_are_refused(written, categorical):
+    texts = pd.Series([written if i % 4 == 0 else f"x{i % 2}" for i in range(120)])
+    adata = labelled(label=(texts.astype("category") if categorical else texts).array)
+    with pytest.raises(InvalidArgumentError) as refused:
+        CondensationProblem.from_anndata(adata, ["cell_type", "label"])
+    assert str(refused.value) == (
+        f"labels_key: adata.obs['label'] is missing for 30 of 120 cells, which are labelled {written!r}. "
+        f"Label those cells or remove them: adata[~adata.obs['label'].isin([{written!r}])].copy(). "
+        "If it is the name of a class, rename it."
+    )
+    labels = read_labels(adata[~adata.obs["label"].isin([written])].copy(), ["label"])
+    assert labels[1] == ("x0", "x1")
+
+
+def test_all_texts_that_stand_for_missing_labels_are_named():
+    adata = labelled(label=[("NA", "", "T", "B")[i % 4] for i in range(120)])
+    with pytest.raises(InvalidArgumentError, match=r"missing for 60 of 120 cells, which are labelled '', 'NA'\. "):
+        read_labels(adata, ["label"])
+
+
+def test_unknown_cells_and_names_that_only_look_missing_are_classes():
+    names = ("unknown", "Unassigned", "NA neuron", "Na", "none")
+    codes, classes, _ = read_labels(labelled(label=[names[i % 5] for i in range(120)]), ["label"])
+    assert classes == tuple(sorted(names))
+    assert np.bincount(codes).tolist() == [24] * 5
+
+
 @pytest.mark.parametrize("value", [0.5, -1.0, np.nan], ids=["fraction", "negative", "nan"])
 def test_what_is_no_count_is_refused_before_genes_are_chosen(value):
     adata = labelled()

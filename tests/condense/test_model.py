@@ -424,10 +424,14 @@ def test_nothing_is_overwritten_unasked_and_damage_is_told(trained, tmp_path):
     trained.model.save(path)
     trained.model.save(path, overwrite=True)
     content = json.loads((path / "model.json").read_text())
-    del content["config"]["space"]["latent"]
-    (path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(StoreError, match="damaged"):
-        SCDD.load(path)
+    space = content["config"]["space"]
+    without = {name: part for name, part in space.items() if name != "latent"}
+    out_of_range = space | {"latent": space["latent"] | {"n_latent": 0}}
+    for found, message in ((without, "'latent'"), (out_of_range, "n_latent=0 has to be an integer of at least 1.")):
+        content["config"]["space"] = found
+        (path / "model.json").write_text(json.dumps(content))
+        with pytest.raises(StoreError, match=rf"damaged \({message}\)"):
+            SCDD.load(path)
 
 
 def test_an_interrupted_save_leaves_nothing(trained, tmp_path, monkeypatch):

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as nnf
 
+from cellstill.condense.settings import keep_checked
+from cellstill.errors import above_zero, at_least_zero, below_one, whole_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
@@ -33,6 +36,11 @@ class GeneratorConfig:
         Steps of the deterministic multi-step teacher.
     decay
         Of the moving average of the weights, per step; the average is over fewer steps at first.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A setting is out of range.
     """
 
     n_hidden: int = 256
@@ -50,6 +58,13 @@ class GeneratorConfig:
     n_teacher_steps: int = 10
     decay: float = 0.999
 
+    def __post_init__(self) -> None:
+        keep_checked(self, whole_number, "n_hidden", "n_blocks", "batch_size", "n_teacher_steps", least=1)
+        keep_checked(self, whole_number, "n_steps", "n_tuning_steps", least=0)
+        keep_checked(self, below_one, "kept_noise", "label_dropout", "decay")
+        keep_checked(self, at_least_zero, "distribution_weight", "teacher_weight", "class_weight", "count_weight")
+        keep_checked(self, above_zero, "lr")
+
 
 class Denoiser(nn.Module):
     """Residual network that predicts the velocity v of a noised z, given time and class.
@@ -57,7 +72,8 @@ class Denoiser(nn.Module):
     Parameters
     ----------
     n_latent, n_classes
-        Sizes; the class ``n_classes`` stands for none.
+        Sizes; the class ``n_classes`` stands for none. Several labels of a cell are one class, their combination, with
+        one embedding.
     n_hidden, n_blocks
         Width, and number of residual blocks.
     """

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.settings import keep_checked
 from cellstill.data.expression import TARGET_SUM
 from cellstill.data.loader import CountsLoader
+from cellstill.errors import above_zero, at_least_zero, below_one, whole_number
 from cellstill.nn.compiled import compiled
 from cellstill.nn.layers import MLP
 from cellstill.nn.output import negative_binomial_output
@@ -44,7 +46,13 @@ class LatentConfig:
     class_weight
         :math:`w_3`, of the classes' cross-entropy. More pulls classes apart, and spreads cells within them less.
     max_epochs, batch_size, lr, patience
-        Of training; ``patience`` epochs without a lower loss of the validation cells end it.
+        Of training; ``patience`` epochs without a lower loss of the validation cells end it, ``None`` waits for
+        ``max_epochs``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A setting is out of range.
     """
 
     n_latent: int = 128
@@ -56,7 +64,16 @@ class LatentConfig:
     max_epochs: int = 150
     batch_size: int = 128
     lr: float = 1e-3
-    patience: int = 15
+    patience: int | None = 15
+
+    def __post_init__(self) -> None:
+        keep_checked(self, whole_number, "n_latent", "n_hidden", "batch_size", least=1)
+        keep_checked(self, whole_number, "max_epochs", least=0)
+        if self.patience is not None:
+            keep_checked(self, whole_number, "patience", least=0)
+        keep_checked(self, below_one, "dropout")
+        keep_checked(self, at_least_zero, "expression_weight", "knowledge_weight", "class_weight")
+        keep_checked(self, above_zero, "lr")
 
 
 class Autoencoder(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch.nn import functional as nnf
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.objectives import distribution_distance, gradient_distance, outcome_loss
 from cellstill.condense.pool import WIDTHS, draw_probe, train_probe
+from cellstill.condense.settings import keep_checked
 from cellstill.data.expression import TARGET_SUM
-from cellstill.errors import InvalidArgumentError, TrainingError
+from cellstill.errors import InvalidArgumentError, TrainingError, above_zero, at_least_zero, whole_number
 
 Decode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """From codes and classes to z and to expected log expression."""
@@ -37,6 +38,11 @@ class MatchingConfig:
         Architectures of which each step draws one.
     inner_steps
         Most steps that the drawn network takes on the synthetic cells before it is used; a step draws how many.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A setting is out of range, or the pool names no architecture, or one that there is not.
     """
 
     n_steps: int = 200
@@ -51,9 +57,19 @@ class MatchingConfig:
     inner_steps: int = 10
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.pool if name not in WIDTHS]
-        if unknown or not self.pool:
-            raise InvalidArgumentError(f"pool={self.pool} has to name some of {tuple(WIDTHS)}.")
+        keep_checked(self, whole_number, "n_steps", "inner_steps", least=0)
+        keep_checked(self, whole_number, "real_per_class", least=1)
+        keep_checked(self, above_zero, "lr")
+        keep_checked(self, at_least_zero, "gradient_weight", "distribution_weight", "outcome_weight")
+        keep_checked(self, at_least_zero, "class_weight", "shell_weight")
+        keep_checked(self, _known_pool, "pool")
+
+
+def _known_pool(argument: str, value: object) -> tuple[str, ...]:
+    known = tuple(WIDTHS)
+    if not isinstance(value, Sequence) or not value or any(name not in known for name in value):
+        raise InvalidArgumentError(f"{argument}={value!r} has to name some of {known}.")
+    return tuple(value)
 
 
 def match_codes(

@@ -140,7 +140,7 @@ class SCDD(RegisteredModel):
         InvalidCountsError
             The layer does not hold counts, or a cell is empty.
         InvalidArgumentError
-            Missing labels, or fewer than two classes.
+            Missing labels, also as text such as ``"NA"`` or blanks, or fewer than two classes.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         if adata.is_view:
@@ -435,7 +435,7 @@ class SCDD(RegisteredModel):
             )
             classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
             rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
         registry = None
         if adata is None:

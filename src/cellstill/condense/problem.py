@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("cellstill")
 
+UNLABELLED = frozenset({"", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "NaT", "None"})
+"""Texts, blanks around them aside, that are written where a label is missing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -111,7 +114,8 @@ class CondensationProblem:
         Raises
         ------
         InvalidArgumentError
-            Missing labels, fewer than two classes, combinations of labels that read alike, or too few donors to split.
+            Missing labels, also as text (:data:`UNLABELLED`), fewer than two classes, combinations of labels that read
+            alike, or too few donors to split.
         InvalidCountsError
             The layer holds no counts.
         """
@@ -215,6 +219,8 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
         raise InvalidArgumentError(f"labels_key={list(keys)} has to name one column of adata.obs or several different.")
     columns = [obs_column(adata.obs, key, "labels_key") for key in keys]
     names = [category_names(column) for column in columns]
+    for key, column, known in zip(keys, columns, names, strict=True):
+        _check_labelled(key, column, known)
     coded = np.stack(
         [
             pd.Index(known).get_indexer(pd.Index(column.astype(str)))
@@ -240,6 +246,18 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
         for k, (key, known) in enumerate(zip(keys, names, strict=True))
     )
     return codes.ravel().astype(np.int64), classes, tasks
+
+
+def _check_labelled(key: str, column: pd.Series, names: Sequence[str]) -> None:
+    """Refuse text that stands for a missing label, as files that went through text have it."""
+    found = [name for name in names if name.strip() in UNLABELLED]
+    if found:
+        missing = column.astype(str).isin(found)
+        raise InvalidArgumentError(
+            f"labels_key: adata.obs[{key!r}] is missing for {int(missing.sum())} of {len(column)} cells, which are "
+            f"labelled {', '.join(map(repr, found))}. Label those cells or remove them: "
+            f"adata[~adata.obs[{key!r}].isin({found})].copy(). If it is the name of a class, rename it."
+        )
 
 
 def _warn_about_small_classes(codes: np.ndarray, classes: Sequence[str], parts: dict[str, np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from cellstill.distill.fitted import Fitted
 from cellstill.distill.getters import Getters
 from cellstill.distill.setup import check_setup, find_counts, warn_if_depths_differ
 from cellstill.distill.training import ComponentsMethod, TrainingSettings, distill
-from cellstill.errors import InvalidArgumentError, StoreError, check_option, whole_number
+from cellstill.errors import InvalidArgumentError, StoreError, below_one, check_option, whole_number
 from cellstill.io.store import load_store, save_store
 from cellstill.nn.compiled import CompileMode
 from cellstill.teachers import HarmonyTeacher, Teacher, get_teacher
@@ -135,8 +135,7 @@ class Distiller(Getters, Analysis):
         sizes = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}
         for name, value in {**sizes, "n_batch_embedding": n_batch_embedding, "seed": seed}.items():
             whole_number(name, value, least=1 if name in sizes else 0)
-        if not 0 <= dropout < 1:
-            raise InvalidArgumentError(f"dropout={dropout} has to be at least 0 and below 1.")
+        below_one("dropout", dropout)
         self.teacher = get_teacher(teacher) if isinstance(teacher, str) else teacher or HarmonyTeacher()
         self.n_latent = n_latent
         self.pca_method = pca_method

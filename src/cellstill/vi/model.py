@@ -247,7 +247,9 @@ class AmbientRegularizedSCVI(Analysis):
         continuous_covariate_keys
             Columns with numbers, for decoders and library encoders.
         library_key, dataset_key, technical_covariate_keys
-            For metrics: the finest technical unit, the data set it belongs to, other technical axes.
+            Not used by the model: they say which columns metrics are to go by, the finest technical unit, the data set
+            that it nests in, and other technical axes. They are checked, each library for belonging to one data set,
+            and kept with the set-up.
         allow_noninteger
             Accept counts that were corrected before and are no longer integers.
 
