@@ -32,7 +32,7 @@ from cellstill.io.store import load_store, save_store
 OURS, START = "scdd", "scdd_start"
 VARIANTS = {OURS: Variant(), START: Variant().unmatched()}
 """Ours, and ours with codes that stay where they start."""
-LATENT = ("kmeans_latent", "generator", "text_distill")
+LATENT = ("kmeans_latent", "kmeans_latent_medoids", "generator", "text_distill", "feat_distill")
 """Baselines that need our trained space."""
 
 Ours = Callable[[CondensationProblem, int, int], Made]

@@ -26,7 +26,7 @@ SELECTING = (
     "random", "herding", "k_center", "geosketch", "scsampler", "scvalue", "kmeans_medoids", "kmeans_pca_medoids",
 )  # fmt: skip
 MAKING = ("kmeans_centroids", "kmeans_pca", "half_centroids", "metacells", "dc", "dm")
-LATENT = ("kmeans_latent", "generator", "text_distill")
+LATENT = ("kmeans_latent", "kmeans_latent_medoids", "generator", "text_distill", "feat_distill")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.genes import variable_genes
 from cellstill.condense.problem import CondensationProblem, read_labels
 from cellstill.condense.splits import split_classes
@@ -54,6 +54,38 @@ def test_cells_are_chosen_by_position_mask_and_class():
         np.testing.assert_array_equal(cells[chosen].counts.toarray(), [[1, 2, 3], [7, 8, 9]])
         assert cells[chosen].codes.tolist() == [0, 0]
     assert len(cells.of_class(3)) == 0
+
+
+def test_size_is_that_of_what_is_kept():
+    counts = sp.csr_matrix(np.eye(3, dtype=np.float32))
+    assert LabelledCells(counts, np.arange(3)).n_bytes == 3 * 4 + 3 * 4 + 4 * 4
+    assert Features(np.zeros((3, 5), dtype=np.float32), np.arange(3), len).n_bytes == 3 * 5 * 4
+
+
+def test_features_of_cells_are_those_of_the_encoder():
+    cells = LabelledCells(sp.csr_matrix(np.eye(3, dtype=np.float32)), np.arange(3))
+    features = Features(np.zeros((2, 3), dtype=np.float32), np.arange(2), lambda cells: 2 * cells.counts.toarray())
+    found = features.encode(cells)
+    assert (len(features), found.dtype) == (2, np.float32)
+    np.testing.assert_array_equal(found, 2 * np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "encoder", "match"),
+    [
+        (np.zeros((3, 2)), len, r"values has shape \(3, 2\) and codes 2 entries"),
+        (np.zeros(2), len, r"values has shape \(2,\)"),
+        (np.full((2, 2), np.nan), len, "values has NaN or infinity"),
+        (np.zeros((2, 2)), lambda cells: np.zeros((3, 1)), r"encoder gives shape \(3, 1\) of 3 cells.* 2 features"),
+        (np.zeros((2, 2)), lambda cells: np.full((3, 2), np.inf), "6 values not finite"),
+    ],
+    ids=["too_many", "no_matrix", "nan", "other_width", "infinite"],
+)
+def test_features_that_are_none_are_refused(values, encoder, match):
+    with pytest.raises(InvalidArgumentError, match=match):
+        Features(values, np.arange(2), encoder).encode(
+            LabelledCells(sp.csr_matrix(np.eye(3, dtype=np.float32)), np.arange(3))
+        )
 
 
 def test_expression_is_log1p_of_ten_thousand_shares():

@@ -9,7 +9,7 @@ import pytest
 from anndata import AnnData
 
 from cellstill.condense.baselines import BASELINES
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.evaluate import evaluate
 from cellstill.condense.evaluators import EVALUATORS
 from cellstill.condense.problem import CondensationProblem
@@ -191,6 +191,27 @@ def test_tasks_are_judged_each_by_its_own_labels():
     assert set(found.summary().task) == {"cell_type", "condition"}
 
 
+def test_features_serve_each_task_through_their_encoder():
+    """Features that are the expression itself score as the cells do; those of another encoder do not."""
+    both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "condition"], train_size=0.5)
+
+    def same(problem, samples_per_class, seed):
+        cells = first_cells(problem, samples_per_class, seed)
+        return Features(cells.expression().toarray(), cells.codes, lambda cells: cells.expression().toarray())
+
+    def reversed_genes(problem, samples_per_class, seed):
+        features = same(problem, samples_per_class, seed)
+        return Features(features.values, features.codes, lambda cells: features.encode(cells)[:, ::-1])
+
+    methods = {"cells": first_cells, "same": same, "reversed": reversed_genes}
+    found = evaluate(both, methods, samples_per_class=[5], seeds=[0], evaluators=QUICK).scores
+    columns = ["evaluator", "task", "macro_f1", "retention", "n_cells"]
+    of = {name: found.loc[found.method == name, columns].reset_index(drop=True) for name in methods}
+    pd.testing.assert_frame_equal(of["cells"], of["same"])
+    assert of["reversed"].macro_f1.mean() < of["same"].macro_f1.mean() - 0.2
+    assert (found.loc[found.method == "same", "bytes"] == 4 * 60 * of["same"].n_cells[0]).all()
+
+
 def test_a_task_of_one_category_is_refused():
     both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "constant"])
     with pytest.raises(InvalidArgumentError, match="'constant' has one category, 'same'"):
@@ -251,10 +272,17 @@ def returns(**changes):
         (returns(of=lambda cells, p: p.train), {}, "allows 1 to 8"),
         (returns(of=lambda cells, p: cells[np.arange(0)]), {}, "returned 0 cells"),
         (returns(of=lambda cells, p: LabelledCells(cells.counts, cells.codes + 1)), {}, "outside 0 .. 3"),
+        (returns(of=lambda cells, p: Features(np.eye(9), np.arange(9) % 4, len)), {}, "returned 9 cells"),
+        (
+            returns(of=lambda cells, p: Features(np.eye(4), np.arange(4), lambda cells: cells.counts.toarray())),
+            {},
+            r"encoder gives shape \(\d+, 60\) of \d+ cells, 0 values not finite; values has 4 features",
+        ),
     ],
     ids=[
         "unknown_method", "no_method", "unknown_evaluator", "no_cells", "budget_twice", "no_seeds",
         "unknown_trained_with", "other_genes", "over_budget", "nothing", "unknown_class",
+        "features_over_budget", "features_of_another_encoder",
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(problem, methods, options, match):

@@ -140,6 +140,20 @@ def test_bad_cells_are_refused(cells, match):
         EVALUATORS["logistic"].fit(cells, 3)
 
 
+def test_a_matrix_is_learned_as_it_is():
+    """Features may be negative, and are not log-normalised: of the cells' expression they are the cells."""
+    train, new = cells_of(5), cells_of(4, seed=1).expression()
+    for name in ("logistic", "mlp_small", "forest"):
+        of_cells = EVALUATORS[name].fit(train, 3, seed=2).predict_proba(new)
+        of_matrix = EVALUATORS[name].fit_matrix(train.expression().toarray(), train.codes, 3, seed=2)
+        assert np.array_equal(of_matrix.predict_proba(new), of_cells)
+    points = np.repeat([[-3.0, 0.0], [3.0, 0.0], [0.0, -3.0]], 4, axis=0)
+    fitted = EVALUATORS["knn"].fit_matrix(points, np.repeat(np.arange(3), 4), 3)
+    assert fitted.predict(np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, -2.0]])).tolist() == [0, 1, 2]
+    with pytest.raises(InvalidArgumentError, match="at least two"):
+        EVALUATORS["knn"].fit_matrix(points, np.zeros(12, np.int64), 3)
+
+
 def test_bad_calls_are_refused():
     with pytest.raises(InvalidArgumentError, match="evaluators='svm' is not known"):
         get_evaluators(["knn", "svm"])

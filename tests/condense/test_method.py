@@ -11,9 +11,11 @@ from anndata import AnnData
 from cellstill.condense import shared
 from cellstill.condense.baselines import BASELINES
 from cellstill.condense.baselines import latent as latent_module
-from cellstill.condense.baselines.latent import kmeans_latent, text_distill
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.baselines.latent import feat_distill, kmeans_latent, kmeans_latent_medoids, text_distill
+from cellstill.condense.cells import Features, LabelledCells
+from cellstill.condense.counts import Rendering
 from cellstill.condense.evaluate import evaluate
+from cellstill.condense.evaluators import EVALUATORS
 from cellstill.condense.generator import GeneratorConfig, generate_in_steps
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
@@ -24,7 +26,7 @@ from cellstill.condense.space import fit_space
 from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.errors import InvalidArgumentError
 
-LATENT = ("kmeans_latent", "generator", "text_distill")
+LATENT = ("kmeans_latent", "kmeans_latent_medoids", "generator", "text_distill")
 SMALL = {
     "latent": LatentConfig(n_latent=8, n_hidden=32, max_epochs=40, batch_size=16),
     "generator": GeneratorConfig(n_hidden=32, n_steps=150, n_tuning_steps=40),
@@ -93,25 +95,77 @@ def test_one_centroid_of_a_class_is_its_decoded_mean(trained):
     )
 
 
+def test_one_medoid_of_a_class_is_the_real_cell_closest_to_its_mean(trained):
+    problem, space = trained
+    z = space.encode(problem.train).numpy()
+    cells = kmeans_latent_medoids(problem, 1, 0)
+    for code in range(3):
+        own = problem.train.of_class(code)
+        wanted = own[((z[own] - z[own].mean(axis=0)) ** 2).sum(axis=1).argmin()]
+        assert (cells.counts[cells.codes == code] != problem.train.counts[wanted]).nnz == 0
+    several = kmeans_latent_medoids(problem, 5, 0).counts.toarray()
+    assert len(np.unique(several, axis=0)) == 15
+    real = {row.tobytes() for row in problem.train.counts.toarray()}
+    assert all(row.tobytes() in real for row in several)
+
+
+@pytest.mark.parametrize("samples_per_class", [1, 3, 1000], ids=["one", "some", "more_than_there_are"])
+def test_features_keep_the_budget_and_are_what_text_distill_decodes(trained, samples_per_class, monkeypatch):
+    monkeypatch.setattr(latent_module, "N_STEPS", 8)
+    problem, space = trained
+    state = torch.get_rng_state()
+    found = feat_distill(problem, samples_per_class, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.bincount(found.codes, minlength=3), problem.budget(samples_per_class))
+    assert found.values.dtype == np.float32
+    assert np.array_equal(found.values, feat_distill(problem, samples_per_class, 0).values)
+    decoded = text_distill(problem, samples_per_class, 0)
+    assert np.array_equal(decoded.codes, found.codes)
+    wanted = space.render(Rendering("expected"), torch.from_numpy(found.values), found.codes)
+    assert (decoded.counts != wanted.counts).nnz == 0
+
+
+def test_other_features_with_another_seed(trained, monkeypatch):
+    monkeypatch.setattr(latent_module, "N_STEPS", 8)
+    problem, space = trained
+    shared._spaces[problem][1, LatentConfig(), GeneratorConfig()] = space
+    assert not np.array_equal(feat_distill(problem, 2, 0).values, feat_distill(problem, 2, 1).values)
+
+
+def test_classifiers_of_features_see_the_test_cells_through_their_encoder(trained):
+    """Scores are those of fitting on z by hand, and of predicting z of the test cells."""
+    problem, space = trained
+    names = ("logistic", "mlp_small", "knn")
+    how = {"samples_per_class": (2,), "seeds": (0,), "evaluators": names}
+    found = evaluate(problem, ["feat_distill"], **how)
+    features, z = feat_distill(problem, 2, 0), space.encode(problem.test).numpy()
+    np.testing.assert_array_equal(features.encode(problem.test), z)
+    for name in names:
+        predicted = EVALUATORS[name].fit_matrix(features.values, features.codes, 3, 0).predict(z)
+        assert np.array_equal(found.condensed[0].predictions[name, "cell_type"], predicted)
+    scores = found.scores
+    assert (scores["n_cells"] == 6).all()
+    assert (scores["bytes"] == 6 * 8 * 4).all()
+    assert scores["macro_f1"].min() > 0.8
+    assert scores["retention"].mean() > 0.9
+
+    def blind(*given):
+        return Features(features.values, features.codes, lambda cells: np.zeros((len(cells), 8)))
+
+    # An encoder that tells nothing of the test cells leaves one class to guess for all.
+    assert evaluate(problem, {"blind": blind}, **how, full=found.full).scores["macro_f1"].max() < 0.4
+
+
 def test_features_come_closer_to_the_moments_of_their_class(trained, monkeypatch):
     """Mean z of matched cells is nearer to that of the class than the mean of the real cells they start from."""
     problem, space = trained
-    found = {}
-    render = type(space).render
-
-    def keep(self, rendering, z, codes, seed=0):
-        found["z"] = z
-        return render(self, rendering, z, codes, seed)
-
-    monkeypatch.setattr(type(space), "render", keep)
     true = space.encode(problem.train)
     true = torch.stack([true[torch.from_numpy(problem.train.of_class(code))].mean(dim=0) for code in (0, 1)])
     off = []
     for n_steps in (0, 200):
         monkeypatch.setattr(latent_module, "N_STEPS", n_steps)
-        codes = text_distill(problem, 3, 0).codes
-        of_class = [torch.from_numpy(np.flatnonzero(codes == code)) for code in (0, 1)]
-        means = torch.stack([found["z"][rows].mean(dim=0) for rows in of_class])
+        found = feat_distill(problem, 3, 0)
+        means = torch.stack([torch.from_numpy(found.values[found.codes == code].mean(axis=0)) for code in (0, 1)])
         off.append(float((means - true).norm()))
     assert off[1] < 0.5 * off[0]
 

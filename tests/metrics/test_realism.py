@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression
 
 from cellstill.data import simulate_counts
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 from cellstill.metrics.realism import (
     class_mean_correlation,
+    class_recovery,
     fold_change_slope,
     forest_auroc,
     gene_correlation_agreement,
@@ -166,6 +168,33 @@ def test_shuffled_labels_have_no_fold_changes(parts):
     assert abs(fold_change_slope(r, s, rl, np.random.default_rng(4).permutation(sl))) < 0.15
 
 
+def test_classes_are_recovered_as_scikit_learn_says(parts):
+    (r, rl), (s, sl), _ = parts
+    model = LogisticRegression(max_iter=1000).fit(log_expression_of(r), rl)
+    assert class_recovery(r, s, rl, sl) == pytest.approx((model.predict(log_expression_of(s)) == sl).mean(), abs=0.01)
+    assert class_recovery(r, s, rl, sl) > 0.9
+
+
+def test_shuffled_labels_are_recovered_by_chance(parts):
+    (r, rl), (s, sl), _ = parts
+    rng = np.random.default_rng(12)
+    share = np.unique(sl, return_counts=True)[1] / len(sl)
+    for found in (
+        class_recovery(r, s, rl, rng.permutation(sl)),  # the right class, by a wrong name
+        class_recovery(r, s, rng.permutation(rl), sl),  # nothing to learn
+    ):
+        assert found == pytest.approx((share**2).sum(), abs=0.12)
+    swapped = np.roll(np.unique(sl), 1)[np.unique(sl, return_inverse=True)[1]]
+    assert class_recovery(r, s, rl, swapped) < 0.1
+
+
+def test_classes_of_one_set_only_are_not_recovered(parts):
+    (r, rl), (s, sl), _ = parts
+    renamed = np.where(sl == "type_0", "other", sl)
+    both = class_recovery(r[rl != "type_0"], s[sl != "type_0"], rl[rl != "type_0"], sl[sl != "type_0"])
+    assert class_recovery(r, s, rl, renamed) == both
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0, 2.0])
 def test_mmd_of_normal_clouds_is_the_closed_form(shift):
     rng = np.random.default_rng(5)
@@ -242,6 +271,7 @@ def test_other_real_cells_are_as_real_as_the_control(of_real_cells):
     gap = (t["synthetic"] - t["control"]).abs()
     assert gap["class_mean_correlation"] < 0.01
     assert gap["gene_correlation_agreement"] < 0.05
+    assert gap["class_recovery"] < 0.04
     assert gap["forest_auroc"] < 0.1
     assert gap["mixing"] < 0.1
     assert gap["mmd"] < 0.005
@@ -252,6 +282,7 @@ def test_other_real_cells_are_as_real_as_the_control(of_real_cells):
     for column in t:
         assert t.loc["within_class_variance_ratio", column] == pytest.approx(1, abs=0.05)
         assert t.loc["forest_auroc", column] == pytest.approx(0.5, abs=0.08)
+        assert t.loc["class_recovery", column] > 0.9
         assert abs(t.loc["zero_fraction_excess", column]) < 0.01
     assert t.attrs["n_classes"] == N_TYPES
     assert 300 < t.attrs["n_cells"] <= 360
@@ -267,6 +298,14 @@ def test_smooth_cells_are_told_from_real_ones_and_the_control_is_not(parts, of_r
     assert t.loc["zero_fraction_excess", "synthetic"] < -0.02
     assert t.loc["mean_variance_error", "synthetic"] > 2 * t.loc["mean_variance_error", "control"]
     assert t.loc["within_class_variance_ratio", "control"] == pytest.approx(1, abs=0.05)
+
+
+def test_cells_of_wrong_classes_are_not_recovered_and_the_control_is(parts, of_real_cells):
+    (r, rl), (c, cl), (s, sl) = parts
+    shuffled = np.random.default_rng(13).permutation(sl)
+    t = realism_table(r, s, rl, shuffled, control=c, control_labels=cl, n_genes=60, n_estimators=5)
+    assert t.loc["class_recovery", "synthetic"] < 0.5
+    assert t.loc["class_recovery", "control"] == pytest.approx(of_real_cells.loc["class_recovery", "control"], abs=0.03)
 
 
 def test_without_a_control_the_real_cells_are_halved(parts):
@@ -315,6 +354,7 @@ def test_categories_and_numbers_are_matched_as_text():
         (lambda r, names: zero_fraction_error(r, r[:1]), "synthetic has 1 cells"),
         (lambda r, names: class_mean_correlation(r, r, names, names[:-1]), "synthetic_labels must give one category"),
         (lambda r, names: class_mean_correlation(r, r, names, ["z"] * len(names)), "share no class"),
+        (lambda r, names: class_recovery(r, r, ["a"] * len(names), ["a"] * len(names)), "share one class; to be told"),
         (lambda r, names: fold_change_slope(r, r, ["a"] * len(names), ["a"] * len(names)), "share one class"),
         (lambda r, names: gene_correlation_agreement(r, r, n_genes=2), "n_genes=2"),
         (lambda r, names: mean_variance_error(r[:, :9], r[:, :9]), "9 genes have counts"),

@@ -1,7 +1,7 @@
 """Dataset condensation: a few synthetic cells per class that train a classifier almost as well as all cells do."""
 
 from cellstill.condense.baselines import BASELINES, Baseline, baseline
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.counts import Rendering
 from cellstill.condense.evaluate import evaluate
 from cellstill.condense.evaluated import Evaluation, FullData
@@ -23,6 +23,7 @@ __all__ = [
     "Baseline",
     "CondensationProblem",
     "Evaluation",
+    "Features",
     "FullData",
     "GeneratorConfig",
     "LabelledCells",

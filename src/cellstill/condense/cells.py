@@ -1,7 +1,8 @@
-"""Labelled cells, real or synthetic, and what classifiers see of them."""
+"""Labelled cells, real or synthetic, or features in their place, and what classifiers see of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,11 @@ class LabelledCells:
         """Number of genes."""
         return self.counts.shape[1]
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the counts as CSR in memory."""
+        return self.counts.data.nbytes + self.counts.indices.nbytes + self.counts.indptr.nbytes
+
     def of_class(self, code: int) -> np.ndarray:
         """Positions of the cells of a class."""
         return np.flatnonzero(self.codes == code)
@@ -51,3 +57,58 @@ class LabelledCells:
     def expression(self) -> sp.csr_matrix:
         r"""What all networks and classifiers see, :math:`\log(1 + 10^4 x / l)`: CSR, float32, ``(n, n_vars)``."""
         return log_expression(self.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Synthetic points of a feature space and their classes, on which classifiers are trained as they are.
+
+    Such classifiers see features of real cells in place of genes, so the encoder has to go along with the points.
+
+    Attributes
+    ----------
+    values
+        Finite, float32, shape ``(n, n_features)``.
+    codes
+        Class of each point, int64, shape ``(n,)``.
+    encoder
+        From real cells to their features, ``(n_cells, n_features)``; called by :meth:`encode`.
+    """
+
+    values: np.ndarray
+    codes: np.ndarray
+    encoder: Callable[[LabelledCells], np.ndarray]
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[0] != len(self.codes):
+            raise InvalidArgumentError(
+                f"values has shape {self.values.shape} and codes {len(self.codes)} entries. Give a row of values for "
+                "each entry."
+            )
+        if not np.isfinite(self.values).all():
+            raise InvalidArgumentError("values has NaN or infinity. Give finite features.")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the values in memory, without the encoder."""
+        return self.values.nbytes
+
+    def encode(self, cells: LabelledCells) -> np.ndarray:
+        """Features of real cells, float32, shape ``(n_cells, n_features)``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The encoder gives another shape, NaN or infinity.
+        """
+        found = np.asarray(self.encoder(cells), dtype=np.float32)
+        n_bad = int((~np.isfinite(found)).sum())
+        if found.shape != (len(cells), self.values.shape[1]) or n_bad:
+            raise InvalidArgumentError(
+                f"encoder gives shape {found.shape} of {len(cells)} cells, {n_bad} values not finite; values has "
+                f"{self.values.shape[1]} features. Give the encoder that these were made with."
+            )
+        return found

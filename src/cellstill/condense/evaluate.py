@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from cellstill.condense.baselines import BASELINES
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.evaluated import Condensed, Evaluation, FullData
 from cellstill.condense.evaluators import Evaluator, get_evaluators
 from cellstill.condense.problem import CondensationProblem, Task
@@ -20,8 +20,11 @@ from cellstill.errors import InvalidArgumentError, check_option
 
 _log = logging.getLogger("cellstill")
 
-Method = Callable[[CondensationProblem, int, int], LabelledCells]
-"""From problem, samples per class and seed to synthetic cells: those the problem's ``budget`` allows, or fewer."""
+Method = Callable[[CondensationProblem, int, int], LabelledCells | Features]
+"""From problem, samples per class and seed to synthetic cells: those the problem's ``budget`` allows, or fewer.
+
+Features in place of cells count as so many cells; classifiers are trained on them, and see features of the test cells.
+"""
 
 
 def evaluate(
@@ -47,7 +50,8 @@ def evaluate(
         Cells, labels and their split.
     methods
         Names in :data:`~cellstill.condense.baselines.BASELINES`, or functions (or such names) by the name they get in
-        the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it.
+        the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it. It
+        returns cells, or :class:`~cellstill.condense.cells.Features`, whose classifiers see features in place of genes.
     samples_per_class
         Budgets; a class with fewer training cells is kept whole, and the compression is reported.
     seeds
@@ -116,10 +120,14 @@ def train_full(
 
 
 def predict_test(
-    problem: CondensationProblem, cells: LabelledCells, task: Task, evaluator: Evaluator, seed: int
+    problem: CondensationProblem, cells: LabelledCells | Features, task: Task, evaluator: Evaluator, seed: int
 ) -> np.ndarray:
     """Codes that an evaluator trained on ``cells`` gives to the test cells in a task, int64, shape ``(n_test,)``."""
-    own = LabelledCells(cells.counts, task.of_class[cells.codes])
+    codes = task.of_class[cells.codes]
+    if isinstance(cells, Features):
+        fitted = evaluator.fit_matrix(cells.values, codes, len(task.names), seed)
+        return fitted.predict(cells.encode(problem.test))
+    own = LabelledCells(cells.counts, codes)
     return evaluator.fit(own, len(task.names), seed).predict(problem.test.expression())
 
 
@@ -142,15 +150,13 @@ def _condense(
         for task in problem.tasks:
             predictions[evaluator.name, task.key] = predict_test(problem, cells, task, evaluator, seed)
         advance(f"{name}, {samples_per_class} per class", 1)
-    counts = cells.counts
-    size = counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
     _log.info("%s, %d per class, seed %d: %d cells in %.1f s.", name, samples_per_class, seed, len(cells), seconds)
-    return Condensed(name, samples_per_class, seed, len(cells), seconds, memory["added_mb"], size, predictions)
+    return Condensed(name, samples_per_class, seed, len(cells), seconds, memory["added_mb"], cells.n_bytes, predictions)
 
 
-def _check(problem: CondensationProblem, name: str, cells: LabelledCells, samples_per_class: int) -> None:
+def _check(problem: CondensationProblem, name: str, cells: LabelledCells | Features, samples_per_class: int) -> None:
     allowed = int(problem.budget(samples_per_class).sum())
-    if cells.n_vars != problem.train.n_vars:
+    if isinstance(cells, LabelledCells) and cells.n_vars != problem.train.n_vars:
         raise InvalidArgumentError(f"{name!r} returned {cells.n_vars} genes; the problem has {problem.train.n_vars}.")
     if not 0 < len(cells) <= allowed:
         raise InvalidArgumentError(

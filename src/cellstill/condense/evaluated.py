@@ -69,7 +69,7 @@ class Condensed:
     seconds, added_mb
         Wall time of the method, and how far it raised the memory of the process.
     n_bytes
-        Of the counts as CSR in memory.
+        Of the counts as CSR in memory; of features in their place, without the encoder.
     predictions
         Codes of the test cells by evaluator and task.
     """
@@ -119,7 +119,8 @@ class Evaluation:
 
         ``retention`` is macro-F1 as a share of that of the same evaluator and seed trained on all cells,
         ``retention_of_best`` as a share of the best evaluator's, mean over seeds. ``compression`` is training cells per
-        synthetic cell, ``seconds`` and ``added_mb`` are what the method took, ``bytes`` the size of its counts.
+        synthetic cell, ``seconds`` and ``added_mb`` are what the method took, ``bytes`` the size of its counts
+        (of features in their place, without the encoder).
         """
         return self._scores.copy()
 

@@ -1,9 +1,9 @@
 r"""Six classifiers that judge condensed cells by what can be learned from them.
 
 All see the same dense matrix, :math:`\log(1 + 10^4 x / l)` of
-:meth:`~cellstill.condense.cells.LabelledCells.expression`, without scaling of genes. Each has one setting for four
-synthetic cells and for thousands of real ones; hard labels. They run on the CPU, and repeat themselves for the same
-cells, seed and number of threads.
+:meth:`~cellstill.condense.cells.LabelledCells.expression`, without scaling of genes; only a method that makes features
+in place of cells has them see those. Each has one setting for four synthetic cells and for thousands of real ones; hard
+labels. They run on the CPU, and repeat themselves for the same cells, seed and number of threads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FittedEvaluator:
     name
         Its name in :data:`EVALUATORS`.
     n_vars, n_classes
-        Genes that it expects, and classes that it tells apart.
+        Genes, or features, that it expects, and classes that it tells apart.
     classify
         From dense expression to probabilities; called by :meth:`predict_proba`.
     """
@@ -113,9 +113,35 @@ class Evaluator:
         InvalidArgumentError
             Fewer than two classes, codes outside ``0 .. n_classes - 1``, or counts that are negative or not finite.
         """
-        _check(cells, n_classes)
-        classify = self.train(_dense(cells.expression()), cells.codes, n_classes, seed)
-        return FittedEvaluator(self.name, cells.n_vars, n_classes, classify)
+        values = cells.counts.data
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise InvalidArgumentError(
+                "counts has negative values, NaN or infinity. Give counts, or expectations of them."
+            )
+        return self.fit_matrix(cells.expression(), cells.codes, n_classes, seed)
+
+    def fit_matrix(
+        self, matrix: sp.csr_matrix | np.ndarray, codes: np.ndarray, n_classes: int, seed: int = 0
+    ) -> FittedEvaluator:
+        """Train on a matrix as it is: expression, or :class:`~cellstill.condense.cells.Features` in its place.
+
+        Parameters
+        ----------
+        matrix
+            Finite, sparse or dense, ``(n, n_vars)``.
+        codes
+            Class of each row, ``(n,)``; at least two classes of them.
+        n_classes, seed
+            As in :meth:`fit`.
+
+        Raises
+        ------
+        InvalidArgumentError
+            Fewer than two classes, or codes outside ``0 .. n_classes - 1``.
+        """
+        _check(codes, n_classes)
+        classify = self.train(_dense(matrix), codes, n_classes, seed)
+        return FittedEvaluator(self.name, matrix.shape[1], n_classes, classify)
 
 
 def get_evaluators(names: Iterable[str] | None = None) -> list[Evaluator]:
@@ -249,16 +275,13 @@ def _dense(expression: sp.csr_matrix | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(dense, dtype=np.float32)
 
 
-def _check(cells: LabelledCells, n_classes: int) -> None:
-    if len(cells) and not 0 <= cells.codes.min() <= cells.codes.max() < n_classes:
+def _check(codes: np.ndarray, n_classes: int) -> None:
+    if len(codes) and not 0 <= codes.min() <= codes.max() < n_classes:
         raise InvalidArgumentError(
-            f"codes reach from {cells.codes.min()} to {cells.codes.max()}; with n_classes={n_classes} they have to lie "
+            f"codes reach from {codes.min()} to {codes.max()}; with n_classes={n_classes} they have to lie "
             f"between 0 and {n_classes - 1}."
         )
-    if len(np.unique(cells.codes)) < 2:
+    if len(np.unique(codes)) < 2:
         raise InvalidArgumentError(
-            f"{len(cells)} cells of {len(np.unique(cells.codes))} classes: a classifier needs cells of at least two."
+            f"{len(codes)} cells of {len(np.unique(codes))} classes: a classifier needs cells of at least two."
         )
-    values = cells.counts.data
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise InvalidArgumentError("counts has negative values, NaN or infinity. Give counts, or expectations of them.")

@@ -1,8 +1,7 @@
 """Known ways to make few cells of many, as a registry.
 
-Distillation of features (synthetic points of a latent space, on which classifiers are trained as they are) is not among
-them: its classifiers would see features where all others see genes, so that the evaluators would not be the same.
-Feature-level matching takes part as ``text_distill``, whose features are decoded to counts.
+One of them makes no cells: classifiers of ``feat_distill`` see features where those of all others see genes. The same
+features, decoded to counts, are ``text_distill``.
 """
 
 from cellstill.condense.baselines import centroids, latent, matching, metacells, selection, sketching

@@ -6,18 +6,20 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.problem import CondensationProblem
 from cellstill.errors import InvalidArgumentError
 
 N_COMPONENTS = 50
 """Principal components in which cells are compared."""
 
-Condense = Callable[[CondensationProblem, int, int], LabelledCells]
+Condense = Callable[[CondensationProblem, int, int], LabelledCells | Features]
+_C = TypeVar("_C", bound=Condense)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Baseline:
         In the registry and in tables.
     condense
         Called as ``condense(problem, samples_per_class, seed)``. Uses the training cells only, and returns as many
-        cells of each class as the problem's ``budget`` says; fewer where cells of a class are identical.
+        cells of each class as the problem's ``budget`` says, or features in their place; fewer where cells of a class
+        are identical.
     reference
         DOI or arXiv number of the paper, or a sentence.
     limits
@@ -55,7 +58,7 @@ BASELINES: dict[str, Baseline] = {}
 
 def baseline(
     name: str, *, reference: str, limits: str, trained_with: tuple[str, ...] = (), extra: str | None = None
-) -> Callable[[Condense], Condense]:
+) -> Callable[[_C], _C]:
     """Register a function as a :class:`Baseline`.
 
     Raises
@@ -64,7 +67,7 @@ def baseline(
         The name is taken.
     """
 
-    def register(condense: Condense) -> Condense:
+    def register(condense: _C) -> _C:
         if name in BASELINES:
             raise InvalidArgumentError(f"name={name!r} is taken by another baseline. Choose a new name.")
         BASELINES[name] = Baseline(name, condense, reference, limits, trained_with, extra)
@@ -133,3 +136,19 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, 
         found = KMeans(n_clusters, n_init=3, random_state=seed).fit(points)
     used, labels = np.unique(found.labels_, return_inverse=True)
     return labels, found.cluster_centers_[used]
+
+
+def closest(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Of each cluster of :func:`kmeans`, the position of the member closest to the centre."""
+    distance = ((points - centres[labels]) ** 2).sum(axis=1)
+    members = [np.flatnonzero(labels == k) for k in range(len(centres))]
+    return np.array([rows[distance[rows].argmin()] for rows in members])
+
+
+def medoids(problem: CondensationProblem, samples_per_class: int, points: np.ndarray, seed: int) -> LabelledCells:
+    """Real cells: of each cluster of the points ``(n_train, n_dims)`` of a class, the one closest to the centre."""
+
+    def choose(cells: np.ndarray, n: int, code: int) -> np.ndarray:
+        return cells[closest(points[cells], *kmeans(points[cells], n, seed))]
+
+    return chosen_cells(problem, samples_per_class, choose)

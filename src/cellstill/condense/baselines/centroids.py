@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cellstill.condense.baselines.base import baseline, chosen_cells, join, kmeans, principal_components
+from cellstill.condense.baselines.base import baseline, closest, join, kmeans, medoids, principal_components
 from cellstill.condense.baselines.profiles import counts_of_profiles, unit_length
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.problem import CondensationProblem
@@ -39,8 +39,8 @@ def half_centroids(problem: CondensationProblem, samples_per_class: int, seed: i
     """Half centroids, half medoids of the same clusters, the largest first; of an odd number one more centroid."""
 
     def halves(cells: LabelledCells, n: int) -> LabelledCells:
-        centroids, medoids = _centroids(cells, (n + 1) // 2, seed)
-        return join([centroids, cells[medoids[: n // 2]]])
+        centroids, nearest = _centroids(cells, (n + 1) // 2, seed)
+        return join([centroids, cells[nearest[: n // 2]]])
 
     return of_each_class(problem, samples_per_class, halves)
 
@@ -67,12 +67,7 @@ def kmeans_pca(problem: CondensationProblem, samples_per_class: int, seed: int =
 @baseline("kmeans_pca_medoids", reference=_LLOYD, limits="Single cells, with the noise of a single cell.")
 def kmeans_pca_medoids(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
     """Real cells, of each cluster of :func:`kmeans_pca` the one closest to the centroid."""
-    scores = principal_components(problem)[0]
-
-    def choose(cells: np.ndarray, n: int, code: int) -> np.ndarray:
-        return cells[_closest(scores[cells], *kmeans(scores[cells], n, seed))]
-
-    return chosen_cells(problem, samples_per_class, choose)
+    return medoids(problem, samples_per_class, principal_components(problem)[0], seed)
 
 
 def of_each_class(
@@ -91,17 +86,10 @@ def _centroids(cells: LabelledCells, n: int, seed: int) -> tuple[LabelledCells, 
     points = unit_length(cells.expression())
     labels, centres = kmeans(points, n, seed)
     order = np.argsort(-np.bincount(labels), kind="stable")
-    medoids = _closest(points, labels, centres)
+    nearest = closest(points, labels, centres)
     depth = _medians(_depth(cells), labels)
     counts = counts_of_profiles(np.maximum(centres, 0)[order], depth[order])
-    return LabelledCells(counts, np.full(len(order), cells.codes[0])), medoids[order]
-
-
-def _closest(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Of each cluster, the member closest to the centre."""
-    distance = ((points - centres[labels]) ** 2).sum(axis=1)
-    members = [np.flatnonzero(labels == k) for k in range(len(centres))]
-    return np.array([rows[distance[rows].argmin()] for rows in members])
+    return LabelledCells(counts, np.full(len(order), cells.codes[0])), nearest[order]
 
 
 def _depth(cells: LabelledCells) -> np.ndarray:

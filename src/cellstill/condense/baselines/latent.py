@@ -1,6 +1,7 @@
 """Baselines in the supervised latent space that ours starts from, each without one of its parts.
 
-They decode what they find as ours does, and share its trained space, so that a difference is due to the method alone.
+They share the trained space of ours, and decode what they find as ours does, so that a difference is due to the method
+alone. Medoids are real cells instead, and ``feat_distill`` decodes nothing: its classifiers see the latent space.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cellstill.condense.baselines.base import baseline, kmeans
+from cellstill.condense.baselines.base import baseline, kmeans, medoids
 from cellstill.condense.baselines.selection import random
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.counts import Rendering
 from cellstill.condense.objectives import distribution_distance
 from cellstill.condense.pool import draw_probe
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.shared import shared_space
+from cellstill.condense.space import Space
 from cellstill.train.fit import seeded
 
 N_STEPS = 200
@@ -24,11 +26,12 @@ N_STEPS = 200
 _LR = 0.05
 _N_REAL = 256
 _PROBE = "mlp_256"
+_LLOYD = "Lloyd (1982), 10.1109/TIT.1982.1056489"
 
 
 @baseline(
     "kmeans_latent",
-    reference="Lloyd (1982), 10.1109/TIT.1982.1056489",
+    reference=_LLOYD,
     limits="The decoder smooths: cells without the zeros of real ones, from which forests learn little.",
 )
 def kmeans_latent(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
@@ -42,6 +45,13 @@ def kmeans_latent(problem: CondensationProblem, samples_per_class: int, seed: in
         codes.append(np.full(len(found), code))
     points = torch.from_numpy(np.concatenate(centres).astype(np.float32)).to(space.device)
     return space.render(Rendering("expected"), points, np.concatenate(codes), seed)
+
+
+@baseline("kmeans_latent_medoids", reference=_LLOYD, limits="Single cells, with the noise of a single cell.")
+def kmeans_latent_medoids(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
+    """Real cells, of each cluster of :func:`kmeans_latent` the one closest to the centroid."""
+    z = shared_space(problem, seed).encode(problem.train).cpu().numpy()
+    return medoids(problem, samples_per_class, z, seed)
 
 
 @baseline(
@@ -67,12 +77,36 @@ def generator(problem: CondensationProblem, samples_per_class: int, seed: int = 
     limits="Free points of the latent space may leave what the decoder knows; moments, not boundaries, are matched.",
 )
 def text_distill(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
-    """Match means and variances of free latent features under random networks, then decode them as expected counts.
+    """Features of :func:`match_features`, decoded as expected counts."""
+    space = shared_space(problem, seed)
+    z, codes = match_features(problem, space, samples_per_class, seed)
+    return space.render(Rendering("expected"), z, codes, seed)
+
+
+@baseline(
+    "feat_distill",
+    reference="Feature-level matching: after Zhao and Bilen (2023), arXiv:2110.04181, in a latent space",
+    limits="No cells: only classifiers of features learn from them, with the encoder, which was trained on all cells.",
+)
+def feat_distill(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> Features:
+    """Features of :func:`match_features` as they are, and the encoder: classifiers see z of the test cells."""
+    space = shared_space(problem, seed)
+    z, codes = match_features(problem, space, samples_per_class, seed)
+    return Features(z.cpu().numpy(), codes, lambda cells: space.encode(cells).cpu().numpy())
+
+
+def match_features(
+    problem: CondensationProblem, space: Space, samples_per_class: int, seed: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Match means and variances of free latent features to those of real cells under random networks.
 
     Features start at those of random real cells of the class, and take :data:`N_STEPS` steps of Adam; no generator
     constrains them.
+
+    Returns
+    -------
+    Features ``(n, n_latent)``, on the device of the space, and their classes ``(n,)``.
     """
-    space = shared_space(problem, seed)
     start = random(problem, samples_per_class, seed)
     known, label = space.encode(problem.train), torch.from_numpy(start.codes)
     rows = [torch.from_numpy(problem.train.of_class(code)) for code in range(problem.n_classes)]
@@ -89,4 +123,4 @@ def text_distill(problem: CondensationProblem, samples_per_class: int, seed: int
             )
             z.grad = torch.autograd.grad(loss, z)[0]
             optimiser.step()
-    return space.render(Rendering("expected"), z.detach(), start.codes, seed)
+    return z.detach(), start.codes
