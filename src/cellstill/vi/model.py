@@ -231,7 +231,8 @@ class AmbientRegularizedSCVI(Analysis):
             Layer with raw counts; ``None`` reads ``adata.X``.
         batch_key
             One column for ambient background, dispersion and library size; not together with the keys of these three.
-            For plain integration of technologies, name it in ``nn_conditioning_covariate_keys`` too.
+            For plain integration, name it in ``nn_conditioning_covariate_keys`` and ``feature_scaling_covariate_keys``
+            too.
         ambient_covariate_keys
             Columns whose categories have an additive background each; they add up.
         nn_conditioning_covariate_keys
