@@ -151,6 +151,114 @@ def test_purposes_one_by_one_and_no_key_at_all(cellstill, cells, write, here):
     assert [row["identified"] for row in summary["ambient"]["rna"]["rates"].values()] == [True]
 
 
+@pytest.fixture
+def latents_of(cellstill, no_umap, here):
+    """Run the command on a file, and read the latents that it writes."""
+
+    def run(path, *args):
+        result = cellstill("vi", path, "--out", "out", "--overwrite", *args, *SMALL)
+        assert result.exit_code == 0, result.stderr
+        return ad.read_h5ad(here / "out" / "cells.h5ad").obsm["X_vi"]
+
+    return run
+
+
+def test_counts_are_those_of_the_layer_and_of_the_store_named(latents_of, cells, write, here):
+    expected = latents_of(write(cells))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cells.write_zarr(here / "in.zarr")
+    np.testing.assert_array_equal(latents_of("in.zarr"), expected)
+    cells.layers["counts"] = cells.X
+    # Counts as well, but of other genes.
+    cells.X = cells.X[:, ::-1].copy()
+    np.testing.assert_array_equal(latents_of(write(cells), "--layer", "counts"), expected)
+    assert summary_of(here / "out")["input"]["modalities"]["rna"]["counts"] == "layers/counts"
+    assert abs(latents_of(here / "in.h5ad") - expected).max() > 0.01
+
+
+def test_fractions_are_counts_on_request(latents_of, cellstill, cells, write):
+    cells.X = cells.X * 0.5
+    path = write(cells)
+    refused = cellstill("vi", path, "--out", "out", *SMALL)
+    assert refused.exit_code == 1
+    assert "--allow-noninteger" in refused.stderr
+    assert np.isfinite(latents_of(path, "--allow-noninteger")).all()
+
+
+def test_networks_are_told_the_columns_named_for_them(latents_of, cells, write, here):
+    cells.obs["age"] = np.random.default_rng(0).normal(40, 10, cells.n_obs)
+    latents_of(write(cells), "--continuous-key", "age", "--encoder-key", "donor")
+    model = AmbientRegularizedSCVI.load(here / "out" / "model", cells)
+    before = model.get_latent_representation(), model.get_normalized_expression(return_numpy=True)
+    cells.obs["age"] = cells.obs["age"].to_numpy()[::-1]
+    # Encoders of z are not told numbers, and decoders are.
+    np.testing.assert_array_equal(model.get_latent_representation(), before[0])
+    assert abs(model.get_normalized_expression(return_numpy=True) - before[1]).max() > 1e-6
+    cells.obs["donor"] = cells.obs["donor"].to_numpy()[::-1]
+    assert abs(model.get_latent_representation() - before[0]).max() > 1e-5
+    (warning,) = (text for text in summary_of(here / "out")["warnings"] if "encoders are told" in text)
+    assert warning.startswith("--encoder-key ['donor']")
+
+
+def test_rates_may_be_known_of_some_batches_and_of_combinations(latents_of, cellstill, cells, write, here):
+    path = write(cells)
+    first, other = cells.obs["batch"].cat.categories
+    latents_of(path, "--batch-key", "batch", "--ambient-rate", f"{first}=0.1")
+    rates = summary_of(here / "out")["ambient"]["rna"]["rates"]
+    assert (rates[first]["low"], rates[first]["high"]) == pytest.approx((0.1, 0.1))
+    assert rates[other]["low"] < rates[other]["high"]
+
+    cells.obs["pool"] = np.resize(["x", "y,z"], cells.n_obs)
+    path = write(cells)
+    keys = ["--ambient-key", "batch", "--ambient-key", "pool"]
+    latents_of(path, *keys, "--ambient-rate", f"{first},x=0.1", "--ambient-rate", f'{other},"y,z"=0.2')
+    summary = summary_of(here / "out")
+    assert summary["settings"]["ambient_rate"] == {f"{first}: x": 0.1, f"{other}: y,z": 0.2}
+    stated = {
+        name: row["rate"] for name, row in summary["ambient"]["rna"]["rates"].items() if row["low"] == row["high"]
+    }
+    assert stated == pytest.approx(summary["settings"]["ambient_rate"])
+    wrong = cellstill("vi", path, *keys, "--ambient-rate", f"{first}=0.1", *SMALL)
+    assert "Name those, as category,category=RATE, or give one number" in " ".join(wrong.stderr.split())
+
+
+@pytest.mark.usefixtures("no_umap")
+def test_the_role_named_is_taken_where_another_is_guessed(cellstill, paired, here):
+    both = ["--ambient-rate", "0.1", "--modality", "gex=counts", "--modality"]
+    result = cellstill("vi", paired, *both, "prot", "--role", "prot=rna", "--out", "out", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    # Background of RNA is a rate times a profile, that of protein free.
+    assert set(summary_of(here / "out")["ambient"]["prot"]) == {"share", "share_by_category", "rates"}
+    data = mudata.read_h5mu(paired)
+    data.mod["unheard"] = data.mod.pop("prot")
+    data.write(here / "renamed.h5mu")
+    assert "--role unheard=ROLE" in cellstill("vi", "renamed.h5mu", *both, "unheard", *SMALL).stderr
+    result = cellstill("vi", "renamed.h5mu", *both, "unheard", "--role", "unheard=protein", "--out", "other", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert "rates" not in summary_of(here / "other")["ambient"]["unheard"]
+
+
+@pytest.mark.usefixtures("no_umap")
+def test_a_batch_that_lacks_a_modality_has_no_share_of_it(cellstill, paired, here):
+    data = mudata.read_h5mu(paired)
+    data.obs["lane"] = np.where(data.obs_names.isin(data["prot"].obs_names), "both", "alone")
+    data.write(paired)
+    result = cellstill("vi", paired, "--modality", "gex=counts", "--modality", "prot", "--batch-key", "lane", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    ambient = summary_of(here / "in_cellstill_vi")["ambient"]
+    assert list(ambient["prot"]["share_by_category"]) == ["both"]
+    assert ambient["prot"]["share_by_category"]["both"] == pytest.approx(ambient["prot"]["share"])
+    assert set(ambient["gex"]["share_by_category"]) == {"alone", "both"}
+    assert "nan%" not in result.stdout
+
+
+def test_the_example_of_the_help_names_the_batch_three_times(cellstill):
+    text = " ".join(cellstill("vi", "--help").output.replace("│", " ").split())
+    example = text[text.index("Example") : text.index("Arguments")]
+    assert all(option in example for option in ("--batch-key", "--conditioning-key", "--feature-scaling-key"))
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

@@ -55,6 +55,8 @@ from cellstill.cli.app import app
         ),
         ("set lfc_threshold=0.", "set --lfc-threshold 0."),
         ("within='cell_type': none of", "--within cell_type: none of"),
+        ("encoder_covariate_keys=['a']: encoders", "--encoder-key ['a']: encoders"),
+        ("Name those, as tuples, or give", "Name those, as category,category=RATE, or give"),
         ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
     ],
 )

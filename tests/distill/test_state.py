@@ -269,6 +269,8 @@ def test_it_is_at_home_in_scvi_tools(small, tmp_path, capsys):
     model.save(tmp_path / "model")
     registry = Distiller.load_registry(tmp_path / "model")
     assert registry["setup_args"]["batch_key"] == "batch"
+    Distiller.view_setup_args(tmp_path / "model")
+    assert "'batch_key': 'batch'" in capsys.readouterr().out
     mapping = registry["field_registries"]["batch"]["state_registry"]["categorical_mapping"]
     assert list(mapping) == model.batch_names
     with pytest.raises(InvalidArgumentError, match="view of another AnnData"):

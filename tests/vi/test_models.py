@@ -197,7 +197,12 @@ def test_attribution_is_the_derivative_of_the_expected_counts(which, request):
     finally:
         module.float()
     figure = model.plot_attribution_scatter(indices=chosen)
-    assert figure.axes[0].get_yscale() == "log"
+    drawn = np.concatenate([points.get_offsets() for points in figure.axes[0].collections])
+    means = [one.attribution.mean(axis=0) for one in found.values()]
+    expected = (
+        np.stack(means, axis=1) if len(means) > 1 else np.stack([np.arange(1, 5), np.sort(means[0])[::-1]], axis=1)
+    )
+    np.testing.assert_allclose(drawn, expected, rtol=1e-6)
 
 
 def test_evidence_is_a_bound_and_repeats(rna):
@@ -213,10 +218,24 @@ def test_evidence_is_a_bound_and_repeats(rna):
 
 def test_predicted_counts_resemble_the_observed(rna):
     drawn = rna.posterior_predictive_sample(n_samples=3)
-    assert len(drawn) == 3
-    totals = np.mean([sample.sum() for sample in drawn])
-    np.testing.assert_allclose(totals, rna.adata.X.sum(), rtol=0.15)
-    np.testing.assert_array_equal(drawn[0].data, np.round(drawn[0].data))
+    assert drawn.shape == (N, N_GENES, 3)
+    np.testing.assert_array_equal(drawn.data, np.round(drawn.data))
+    each = drawn.todense()
+    np.testing.assert_allclose(each.sum() / 3, rna.adata.X.sum(), rtol=0.15)
+    assert (each[..., 0] != each[..., 1]).any()
+    # All cells fit into one block, so that the first draw is the only one with the same seed.
+    np.testing.assert_array_equal(rna.posterior_predictive_sample().toarray(), each[..., 0])
+
+
+def test_draws_of_several_modalities_are_at_the_same_z(joint):
+    drawn = joint.posterior_predictive_sample(seed=3)
+    assert {name: counts.shape for name, counts in drawn.items()} == {"gex": (N, N_GENES), "peaks": (N, N_PEAKS)}
+    several = joint.posterior_predictive_sample(n_samples=2, seed=3)
+    for name, counts in drawn.items():
+        np.testing.assert_array_equal(several[name].todense()[..., 0], counts.toarray())
+    # The first in the order of names is drawn first, right after z.
+    alone = joint.posterior_predictive_sample(modality="gex", seed=3)
+    np.testing.assert_array_equal(alone.toarray(), drawn["gex"].toarray())
 
 
 def test_history_has_every_term_of_both_splits(rna):

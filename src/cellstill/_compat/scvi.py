@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,14 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
         adata_manager.adata.__dict__.setdefault("_cellstill_managers", {})[cls.__name__] = adata_manager
         super().register_manager(adata_manager)
 
+    @classmethod
+    def view_setup_args(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> None:
+        """Print the arguments with which the data of a saved model were set up."""
+        # That of scvi-tools calls its own load_registry, which looks for a pickle.
+        AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, prefix))
+
+
+_RECORD = "cellstill_record"
 
 MINIFIED, MINIFIED_WITH_COUNTS = ADATA_MINIFY_TYPE
 """What minified data hold: posteriors instead of counts, or beside them."""
@@ -156,6 +165,7 @@ def register(
     categorical: Mapping[str, str],
     continuous: Sequence[str] = (),
     setup_args: dict[str, Any],
+    record: dict[str, Any] | None = None,
     source_registry: dict[str, Any] | None = None,
     extend_categories: bool = False,
 ) -> None:
@@ -178,6 +188,8 @@ def register(
         ``obs`` columns with numbers; their joint registry key is that of scvi-tools, ``"extra_continuous_covs"``.
     setup_args
         Arguments of ``setup_anndata`` or ``setup_mudata``, kept in the registry.
+    record
+        What a model makes of them, kept in the registry for :func:`setup_record`.
     source_registry
         Registry whose category codes are to be kept, from :func:`category_registry`.
     extend_categories
@@ -204,6 +216,7 @@ def register(
             "model_name": cls.__name__,
             "setup_method_name": _method_name(mudata=layers is not None),
             "setup_args": setup_args,
+            _RECORD: record,
         },
         validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
     )
@@ -215,6 +228,11 @@ def register(
 def setup_args(registry: dict[str, Any]) -> dict[str, Any]:
     """Arguments with which the data were set up."""
     return dict(registry["setup_args"])
+
+
+def setup_record(registry: dict[str, Any]) -> dict[str, Any]:
+    """What a model made of these arguments."""
+    return dict(registry[_RECORD])
 
 
 def registered_arrays(manager: AnnDataManager) -> tuple[Any, dict[str, np.ndarray]]:
@@ -243,6 +261,7 @@ def category_registry(
     known: Mapping[str, Sequence[str]],
     *,
     columns: Mapping[str, str] | None = None,
+    record: dict[str, Any] | None = None,
     mudata: bool = False,
 ) -> dict[str, Any]:
     """Build the registry of a model that was saved: its set-up arguments and the codes of its categories.
@@ -260,6 +279,8 @@ def category_registry(
         Names of the categories of each registry key.
     columns
         ``obs`` column of each registry key; ``None`` takes those that ``arguments`` name as ``"{key}_key"``.
+    record
+        What the model made of the arguments.
     mudata
         The data were set up with ``setup_mudata``.
     """
@@ -267,6 +288,7 @@ def category_registry(
         "scvi_version": scvi.__version__,
         "model_name": model_name,
         "setup_args": arguments,
+        _RECORD: record,
         "setup_method_name": _method_name(mudata=mudata),
         "field_registries": {
             key: {

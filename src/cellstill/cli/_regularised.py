@@ -54,6 +54,7 @@ class RegularisedSettings:
     ambient_keys: tuple[str, ...] = ()
     dispersion_key: str | None = None
     library_size_key: str | None = None
+    encoder_keys: tuple[str, ...] = ()
     continuous_keys: tuple[str, ...] = ()
     label_key: str | None = None
     layer: str | None = None
@@ -64,7 +65,7 @@ class RegularisedSettings:
     n_latent: int = 128
     max_epochs: int | None = None
     batch_size: int = 128
-    ambient_rate: float | Mapping[str, float] | None = None
+    ambient_rate: float | Mapping[str | tuple[str, ...], float] | None = None
     seed: int = 0
     accelerator: str = "auto"
     denoised: bool = False
@@ -79,6 +80,7 @@ class RegularisedSettings:
             "ambient_covariate_keys": self.ambient_keys or None,
             "dispersion_key": self.dispersion_key,
             "library_size_key": self.library_size_key,
+            "encoder_covariate_keys": self.encoder_keys or None,
             "continuous_covariate_keys": self.continuous_keys or None,
         }
 
@@ -94,7 +96,10 @@ class RegularisedSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold, with the name of the input but not its folder."""
-        return asdict(self) | {"path": self.path.name}
+        rate = self.ambient_rate
+        if isinstance(rate, Mapping):
+            rate = {_label(name): value for name, value in rate.items()}
+        return asdict(self) | {"path": self.path.name, "ambient_rate": rate}
 
 
 @dataclass(frozen=True)
@@ -231,12 +236,19 @@ class _Ambient:
         for name, share in self.shares.items():
             by_category = {}
             if column is not None:
-                by_category = pd.Series(share).groupby(obs[column].astype(str).to_numpy()).mean().to_dict()
+                each = pd.Series(share).groupby(obs[column].astype(str).to_numpy()).mean()
+                # A category whose cells all lack the modality has no share of it.
+                by_category = each.dropna().to_dict()
             found[name] = {"share": float(np.nanmean(share)), "share_by_category": by_category}
             if name in self.rates:
-                labels = self.rates[name].index.map(lambda key: ": ".join(key) if isinstance(key, tuple) else str(key))
-                found[name]["rates"] = self.rates[name].set_axis(labels).to_dict(orient="index")
+                rates = self.rates[name]
+                found[name]["rates"] = rates.set_axis([_label(key) for key in rates.index]).to_dict(orient="index")
         return found
+
+
+def _label(category: str | tuple[str, ...]) -> str:
+    """Name of a category, or of a combination of them."""
+    return ": ".join(category) if isinstance(category, tuple) else str(category)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ _OPTIONS = {
     "covariate_keys": "--covariate-key",
     "dispersion_key": "--dispersion-key",
     "donor_key": "--donor-key",
+    "encoder_covariate_keys": "--encoder-key",
     "evaluators": "--evaluator",
     "fdr": "--fdr",
     "feature_scaling_covariate_keys": "--feature-scaling-key",
@@ -62,6 +63,7 @@ _PHRASES = {
     "if you know it: ambient_rate=.": "if you know it: --ambient-rate RATE.",
     "or None for all genes": "or 0 for all genes",
     "choose it with layer=None": "leave --layer out",
+    "Name those, as tuples, or": "Name those, as category,category=RATE, or",
     "Raise max_iter of HarmonyTeacher to go on": "To go on, raise it: --teacher-setting max_iter=30",
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +63,14 @@ def vi(
         str | None,
         typer.Option(
             help="Column with groups of library sizes, instead of --batch-key.", metavar="KEY", rich_help_panel=_CELLS
+        ),
+    ] = None,
+    encoder_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column that encoders are told, on which the latents may then depend; may be given several times.",
+            metavar="KEY",
+            rich_help_panel=_CELLS,
         ),
     ] = None,
     continuous_key: Annotated[
@@ -126,7 +135,8 @@ def vi(
     ambient_rate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Share of ambient counts, if it is known: of all cells, or of a batch; may be given several times.",
+            help="Share of ambient counts, if it is known: of all cells, or of a batch, or of a category of each of "
+            "several --ambient-key, as in a,x=0.1; may be given several times.",
             metavar="[BATCH=]RATE",
             rich_help_panel=_METHOD,
         ),
@@ -168,10 +178,11 @@ def vi(
     Writes a folder, complete or not at all: `cells.h5ad` or `cells.h5mu` (the input, with the latents `X_vi` and each
     cell's ambient share), `ambient_profile/`, `model/`, `figures/` and `summary.json`. The input is not changed.
 
-    Example: `cellstill vi pbmc.h5ad --batch-key sample --conditioning-key sample --denoised`
+    Example, which integrates samples: `cellstill vi pbmc.h5ad --batch-key sample --conditioning-key sample
+    --feature-scaling-key sample`
     """
     roles = dict(_assignment(text, "--role") for text in role or ())
-    rate = _rate(ambient_rate or [])
+    rate = _rate(ambient_rate or [], several_keys=len(ambient_key or ()) > 1)
     with terminal(verbose=verbose) as term:
         from cellstill.cli._regularised import RESULTS, RegularisedSettings, regularise_file
         from cellstill.io.store import atomic_directory
@@ -184,6 +195,7 @@ def vi(
             ambient_keys=tuple(ambient_key or ()),
             dispersion_key=dispersion_key,
             library_size_key=library_size_key,
+            encoder_keys=tuple(encoder_key or ()),
             continuous_keys=tuple(continuous_key or ()),
             label_key=label_key,
             layer=layer,
@@ -233,15 +245,17 @@ def _modality(text: str) -> tuple[str, str | None]:
     return name, layer or None
 
 
-def _rate(texts: list[str]) -> float | dict[str, float] | None:
-    """One rate, or rates by batch."""
+def _rate(texts: list[str], *, several_keys: bool) -> float | dict[Any, float] | None:
+    """One rate, or rates by batch, or by combination of categories where there are several ambient keys."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return float(texts[0])
         rates = [text.rpartition("=") for text in texts]
         if not all(name for name, _, _ in rates):
             raise ValueError
-        return {name: float(value) for name, _, value in rates} or None
+        # A category with a comma in its name can be quoted.
+        names = [tuple(next(csv.reader([name]))) if several_keys else name for name, _, _ in rates]
+        return {name: float(value) for name, (_, _, value) in zip(names, rates, strict=True)} or None
     except ValueError:
         raise typer.BadParameter(
             f"{' '.join(texts)!r} is neither one RATE nor one BATCH=RATE for each batch.", param_hint="--ambient-rate"

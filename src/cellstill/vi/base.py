@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_args
+from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_record
 from cellstill.data.annotations import gather_obs, is_mudata
 from cellstill.errors import (
     InvalidArgumentError,
@@ -27,6 +27,7 @@ from cellstill.io.store import array_to_names, load_store, names_to_array, save_
 from cellstill.nn.compiled import CompileMode
 from cellstill.train.devices import chosen_device
 from cellstill.train.progress import OnEpoch
+from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
@@ -68,7 +69,7 @@ class RegularizedModel(MinifiableModel):
         super().__init__(data, registry)
         self.seed = seed
         self._known_rows: Rows | None = None
-        self._setup = setup_args(self.registry)
+        self._setup = setup_record(self.registry)
         self._keys = CovariateKeys.from_dict(self._setup["keys"])
         self._layers: dict[str, str | None] = dict(self._setup["layers"])
         if restored is not None:
@@ -150,6 +151,23 @@ class RegularizedModel(MinifiableModel):
     def to_device(self, device: str | int | torch.device) -> None:
         """Move the module to a device, such as ``"cuda:0"``."""
         self.module.to(device if isinstance(device, torch.device) else torch.device(device))
+
+    def get_var_names(self, legacy_mudata_format: bool = False) -> np.ndarray | dict[str, np.ndarray]:
+        """Names of the model's features, in its order, whether it has data or not.
+
+        Parameters
+        ----------
+        legacy_mudata_format
+            Join those of all modalities.
+
+        Returns
+        -------
+        Names, or for models of MuData names by modality.
+        """
+        names = {name: np.array(features, dtype=object) for name, features in self._features.items()}
+        if "roles" in self._setup and not legacy_mudata_format:
+            return names
+        return np.concatenate(list(names.values()))
 
     @property
     def modality_names(self) -> list[str]:
@@ -393,7 +411,8 @@ class RegularizedModel(MinifiableModel):
     def _registry_of(cls, setup: dict[str, Any], categories: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         registered = CovariateKeys.from_dict(setup["keys"]).registered
         known = {key: categories[column] for key, column in registered.items()}
-        return category_registry(cls.__name__, setup, known, columns=registered, mudata="roles" in setup)
+        arguments, mudata = setup_arguments(setup), "roles" in setup
+        return category_registry(cls.__name__, arguments, known, columns=registered, record=setup, mudata=mudata)
 
     @classmethod
     def _register(
@@ -419,7 +438,8 @@ class RegularizedModel(MinifiableModel):
             **where,
             categorical=keys.registered,
             continuous=keys.continuous,
-            setup_args=setup,
+            setup_args=setup_arguments(setup),
+            record=setup,
             source_registry=registry,
             extend_categories=extend,
         )

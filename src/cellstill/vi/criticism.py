@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,6 +20,9 @@ from cellstill.vi.module import Latent
 if TYPE_CHECKING:
     from anndata import AnnData
     from mudata import MuData
+    from sparse import GCXS
+
+    Sample: TypeAlias = sp.csr_matrix | GCXS
 
 
 class Criticism(Getters):
@@ -136,7 +139,7 @@ class Criticism(Getters):
         n_samples: int = 1,
         batch_size: int = 1024,
         seed: int = 0,
-    ) -> sp.csr_matrix | list[sp.csr_matrix]:
+    ) -> Sample | dict[str, Sample]:
         """Counts drawn from the model at draws of z and library size from the posterior of each cell.
 
         Parameters
@@ -144,32 +147,39 @@ class Criticism(Getters):
         adata, indices, batch_size, seed
             As in :meth:`get_elbo`.
         modality
-            Name; may be left out where there is one.
+            Name; ``None`` is all of them, drawn at the same z.
         n_samples
             Draws.
 
         Returns
         -------
-        CSR, float32, shape ``(n, n_features)``; a list of ``n_samples`` of them if there are several.
+        CSR, float32, shape ``(n, n_features)``, which fits into ``layers``; with several draws a ``sparse.GCXS`` of
+        shape ``(n, n_features, n_samples)``, as scvi-tools' models give it to
+        ``scvi.criticism.PosteriorPredictiveCheck``. A dictionary by modality where there are several and none is named;
+        cells that lack one have no counts of it.
         """
-        name = self._modality(modality)
+        names = self.modality_names if modality is None else [self._modality(modality)]
         if n_samples < 1:
             raise InvalidArgumentError(f"n_samples={n_samples} has to be at least 1.")
-        part = self.module.modality(name)
-        drawn: list[list[sp.csr_matrix]] = [[] for _ in range(n_samples)]
+        drawn: dict[str, list[list[sp.csr_matrix]]] = {name: [[] for _ in range(n_samples)] for name in names}
         with _seeded(seed):
             for block in self._blocks(adata, indices, batch_size, counts=False):
-                theta, group = part.dispersion(block.batch, block.counts[name].n_rows)
-                theta = theta if group is None else theta[group]
-                for parts in drawn:
-                    library = self.module.library(name, block.counts[name], block.batch)
-                    log_library = normal.draw(library.mean, library.variance)
-                    native, background = expected_means(self.module, name, block, block.latent.sample(), log_library)
-                    mean = _of_present(block, name, native if background is None else native + background)
-                    rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
-                    parts.append(sp.csr_matrix(to_numpy(torch.poisson(rate))))
-        samples = [sp.vstack(parts, format="csr") for parts in drawn]
-        return samples[0] if n_samples == 1 else samples
+                for number in range(n_samples):
+                    z = block.latent.sample()
+                    for name in names:
+                        drawn[name][number].append(self._drawn(block, name, z))
+        each = {name: _joined([sp.vstack(parts, format="csr") for parts in samples]) for name, samples in drawn.items()}
+        return each if len(each) > 1 else each[names[0]]
+
+    def _drawn(self, block: Block, name: str, z: torch.Tensor) -> sp.csr_matrix:
+        """Counts of cells drawn at z and at a draw of their library size."""
+        theta, group = self.module.modality(name).dispersion(block.batch, block.counts[name].n_rows)
+        theta = theta if group is None else theta[group]
+        library = self.module.library(name, block.counts[name], block.batch)
+        native, background = expected_means(self.module, name, block, z, normal.draw(library.mean, library.variance))
+        mean = _of_present(block, name, native if background is None else native + background)
+        rate = torch._standard_gamma(theta.expand_as(mean).contiguous()) * (mean / theta)
+        return sp.csr_matrix(to_numpy(torch.poisson(rate)))
 
     def _blocks(
         self,
@@ -205,6 +215,21 @@ class Criticism(Getters):
             ratio = _log_ratio(log_library, prior_of_size, library)
             weight = weight + self._given(block, name, z, log_library) + _of_present(block, name, ratio)
         return weight
+
+
+def _joined(samples: list[sp.csr_matrix]) -> Sample:
+    """One draw as it is, several as one array of cells x features x draws."""
+    if len(samples) == 1:
+        return samples[0]
+    from sparse import GCXS  # comes with scvi-tools, whose models give it
+
+    n_obs, n_features = samples[0].shape
+    beside = sp.hstack(samples, format="csr")
+    draw, feature = np.divmod(beside.indices, n_features)
+    rows = sp.csr_matrix((beside.data, feature * len(samples) + draw, beside.indptr), shape=beside.shape)
+    rows.sort_indices()
+    shape = (n_obs, n_features, len(samples))
+    return GCXS((rows.data, rows.indices, rows.indptr), shape=shape, compressed_axes=(0,))
 
 
 def _log_ratio(x: torch.Tensor, above: Latent | LibraryPosterior, below: Latent | LibraryPosterior) -> torch.Tensor:

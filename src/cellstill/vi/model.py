@@ -13,6 +13,7 @@ from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.genes import check_unique_genes
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.analysis import Analysis
+from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.config import NATIVE_SPARSITY, Background, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
@@ -231,7 +232,8 @@ class AmbientRegularizedSCVI(Analysis):
             Layer with raw counts; ``None`` reads ``adata.X``.
         batch_key
             One column for ambient background, dispersion and library size; not together with the keys of these three.
-            For plain integration of technologies, name it in ``nn_conditioning_covariate_keys`` too.
+            For plain integration, name it in ``nn_conditioning_covariate_keys`` and ``feature_scaling_covariate_keys``
+            too.
         ambient_covariate_keys
             Columns whose categories have an additive background each; they add up.
         nn_conditioning_covariate_keys
@@ -293,13 +295,15 @@ class AmbientRegularizedSCVI(Analysis):
             names = [str(name) for name in values.cat.categories]
             counts = as_csr(get_layer(adata, layer))
             warn_if_multiplicative(counts, values.cat.codes.to_numpy(dtype=np.int64), names, column)
+        setup = {"keys": keys.to_dict(), "layers": {RNA: layer}, "allow_noninteger": allow_noninteger}
         register(
             cls,
             adata,
             layer=layer,
             categorical=keys.registered,
             continuous=keys.continuous,
-            setup_args={"keys": keys.to_dict(), "layers": {RNA: layer}, "allow_noninteger": allow_noninteger},
+            setup_args=setup_arguments(setup),
+            record=setup,
         )
 
     @classmethod

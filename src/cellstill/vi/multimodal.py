@@ -12,6 +12,7 @@ from cellstill._compat.scvi import register
 from cellstill.data.annotations import complete_obs
 from cellstill.errors import InvalidArgumentError, check_key
 from cellstill.vi.analysis import Analysis
+from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells
 from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
 from cellstill.vi.covariates import CovariateKeys
@@ -271,18 +272,15 @@ class RegularizedMultimodalVI(Analysis):
                 warn_if_multiplicative(
                     cells.counts[name][has], cells.codes[column][has], cells.categories[column], column
                 )
+        setup = {"keys": keys.to_dict(), "layers": layers, "roles": roles, "allow_noninteger": allow_noninteger}
         register(
             cls,
             mdata,
             layers=layers,
             categorical=keys.registered,
             continuous=keys.continuous,
-            setup_args={
-                "keys": keys.to_dict(),
-                "layers": layers,
-                "roles": roles,
-                "allow_noninteger": allow_noninteger,
-            },
+            setup_args=setup_arguments(setup),
+            record=setup,
         )
 
     @classmethod
