@@ -262,7 +262,7 @@ def print_result(result: Condensation, folder: Path, term: Terminal) -> None:
     if result.evaluation is not None:
         from cellstill.cli._condensed_evaluation import evaluation_tables
 
-        for title, table in evaluation_tables(result.evaluation):
+        for title, table in evaluation_tables(result.evaluation, term.out.width):
             term.out.print("")
             term.out.print(title, highlight=False, soft_wrap=True)
             term.out.print(table)
