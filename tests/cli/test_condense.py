@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -333,6 +334,64 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert cellstill(*args, "--out", "out", "--resume").exit_code == 0
     assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out", "whole"]
     assert digest(here / "out" / "condensed.h5ad") == digest(here / "whole" / "condensed.h5ad")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkeypatch):
+    judged = ["--evaluate", "--seeds", "2", "--evaluator", "knn", "--evaluator", "logistic"]
+    baselines = ["--baseline", "random", "--baseline", "herding"]
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, *judged]
+    assert cellstill(*args, *baselines, "--out", "whole").exit_code == 0
+
+    herding, asked = BASELINES["herding"], []
+
+    def until_the_last(problem, size, seed):
+        asked.append(seed)
+        return herding.condense(problem, size, seed) if seed == 0 or len(asked) > 2 else sys.exit(143)
+
+    monkeypatch.setitem(BASELINES, "herding", replace(herding, condense=until_the_last))
+    stopped = cellstill(*args, "--baseline", "herding", "--out", "out")
+    assert stopped.exit_code == 143
+    assert "what is done is kept in" in stopped.stderr
+    kept = here / ".out.checkpoint"
+    done = ["all_cells-0", "all_cells-1", "herding-0", "run", "scdd-0", "scdd-1"]
+    assert sorted(p.stem for p in kept.glob("*.json")) == done
+    assert not list(kept.glob("*partial*"))
+
+    other = cellstill(*args, *baselines, "--out", "out", "--resume", "--matching-steps", "5")
+    assert other.exit_code == 1
+    assert "belongs to another run: matching_steps=0 there and 5 here" in other.stderr
+    assert "start afresh with --overwrite" in other.stderr
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
+        patch.setattr(_condensed_evaluation, "train_full", lambda *args: pytest.fail("trained on all cells again"))
+        resumed = cellstill(*args, *baselines, "--out", "out", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert asked == [0, 1, 1]
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out", "whole"]
+    assert digest(here / "out" / "condensed.h5ad") == digest(here / "whole" / "condensed.h5ad")
+    one, two = (
+        pd.read_csv(here / name / "evaluation.csv").drop(columns=["seconds", "added_mb"]) for name in ("out", "whole")
+    )
+    pd.testing.assert_frame_equal(one, two)
+    assert (
+        summary_of(here / "out")["evaluation"]["differences"]
+        == (summary_of(here / "whole")["evaluation"]["differences"])
+    )
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monkeypatch):
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
+        assert cellstill(*args).exit_code == 143
+    made = ad.read_h5ad(here / ".out.checkpoint" / "condensed.h5ad")
+    monkeypatch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
+    resumed = cellstill(*args, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert (ad.read_h5ad(here / "out" / "condensed.h5ad").X != made.X).nnz == 0
 
 
 @pytest.mark.usefixtures("no_figures")

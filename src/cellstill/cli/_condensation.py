@@ -68,7 +68,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
     folder
         Where ``condensed.h5ad``, ``model/``, ``figures/``, ``summary.json`` and ``evaluation.csv`` go.
     checkpoint
-        Folder for the state of training, which goes on from there if it holds one.
+        Folder for the state of training and for results, from which the run goes on if it holds some.
     term
         Where to report.
 
@@ -83,6 +83,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
         with term.stage("load", "Loading libraries"):
             from cellstill.cli import _condensed_evaluation as judging
             from cellstill.cli import _condensed_likeness as likeness
+            from cellstill.cli._condensed_kept import Kept
         with term.stage("read", f"Reading {settings.path.name}: {stored.shape[0]:,} cells x {stored.shape[1]:,} genes"):
             adata, layer = read_counts(stored, settings.layer, [settings.obsm_key] if settings.obsm_key else [])
             adata = only_needed(adata, layer, settings)
@@ -106,6 +107,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
         )
     problem = model.problem
     make, evaluation = maker(model, settings), None
+    kept = Kept.of_run(checkpoint, settings, problem)
     if settings.evaluate:
         with term.stage("evaluate", "Condensing and judging") as say:
             evaluation, condensed = judging.evaluate_condensed(
@@ -115,11 +117,12 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
                 baselines=settings.baselines,
                 evaluators=settings.evaluators,
                 seeds=range(settings.seed, settings.seed + settings.n_seeds),
+                kept=kept,
                 say=say,
             )
     else:
         with term.stage("condense", f"Condensing to {settings.samples_per_class} cells of each class") as say:
-            condensed = make(settings.seed, say)
+            condensed = kept.cells(lambda: make(settings.seed, say))
     cells = judging.cells_of(condensed, problem)
     with term.stage("compare", "Comparing with real cells"):
         validation = _validation(model, cells, settings.seed)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cellstill.condense import BASELINES, CondensationProblem, Evaluation, LabelledCells, evaluate
+from cellstill.cli._condensed_kept import Kept
+from cellstill.condense import (
+    BASELINES,
+    CondensationProblem,
+    Evaluation,
+    FullData,
+    LabelledCells,
+    evaluate,
+    get_evaluators,
+)
 from cellstill.condense.choice import JUDGES
-from cellstill.condense.evaluate import check_tasks
+from cellstill.condense.evaluate import Method, check_tasks, train_full
+from cellstill.condense.evaluated import Condensed
 from cellstill.condense.problem import _warn_about_small_classes, read_labels
 from cellstill.condense.splits import split_classes
 from cellstill.data.covariates import obs_column
@@ -89,6 +100,7 @@ def evaluate_condensed(
     baselines: Sequence[str],
     evaluators: Sequence[str],
     seeds: Sequence[int],
+    kept: Kept,
     say: Callable[[str], None],
 ) -> tuple[Evaluation, AnnData]:
     """Score ours and baselines on the test cells of a problem.
@@ -101,6 +113,8 @@ def evaluate_condensed(
         From a seed to synthetic cells.
     samples_per_class, baselines, evaluators, seeds
         See :func:`~cellstill.condense.evaluate.evaluate`; no evaluators stand for all.
+    kept
+        Where results are kept, and those there already.
     say
         Told which method runs.
 
@@ -108,33 +122,35 @@ def evaluate_condensed(
     -------
     The evaluation, and our cells of the first seed.
     """
-    made: list[AnnData] = []
 
     def ours(_: CondensationProblem, size: int, seed: int) -> LabelledCells:
         cells = make(seed)
-        if not made:
-            made.append(cells)
+        if seed == seeds[0]:
+            kept.keep_cells(cells)
         return cells_of(cells, problem)
 
-    def told(name: str, method: Any) -> Any:
-        def run(problem: CondensationProblem, size: int, seed: int) -> LabelledCells:
-            say(f"{name}, seed {seed}")
-            return method(problem, size, seed)
+    def trained_on_all(seed: int) -> Mapping[tuple[str, int, str], np.ndarray]:
+        return train_full(problem, judges, [seed]).predictions
 
-        return run
+    judges = get_evaluators(list(evaluators) or None)
+    names = tuple(judge.name for judge in judges)
+    predictions: dict[tuple[str, int, str], np.ndarray] = {}
+    for seed in seeds:
+        say(f"training on all cells, seed {seed}")
+        predictions |= kept.predictions(f"all_cells-{seed}", partial(trained_on_all, seed))
+    full = FullData(problem, predictions)
+
+    def judge(name: str, method: Method, seed: int) -> Condensed:
+        say(f"{name}, seed {seed}")
+        how: dict[str, Any] = {"samples_per_class": [samples_per_class], "seeds": [seed], "evaluators": names}
+        return evaluate(problem, {name: method}, **how, full=full, progress=False).condensed[0]
 
     methods = {OURS: ours, **{name: BASELINES[name].condense for name in baselines}}
-    say("training on all cells")
-    evaluation = evaluate(
-        problem,
-        {name: told(name, method) for name, method in methods.items()},
-        samples_per_class=[samples_per_class],
-        seeds=seeds,
-        evaluators=list(evaluators) or None,
-        trained_with={OURS: JUDGES},
-        progress=False,
-    )
-    return evaluation, made[0]
+    runs = [(name, method, seed) for name, method in methods.items() for seed in seeds]
+    found = [kept.result(name, seed, partial(judge, name, method, seed)) for name, method, seed in runs]
+    trained_with = {OURS: JUDGES, **{name: BASELINES[name].trained_with for name in baselines}}
+    evaluation = Evaluation(problem, tuple(found), full, names, trained_with)
+    return evaluation, kept.cells(lambda: make(seeds[0]))
 
 
 def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
