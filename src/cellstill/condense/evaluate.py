@@ -61,7 +61,8 @@ def evaluate(
         Predictions after training on all cells, from an earlier evaluation of the same problem (``Evaluation.full``);
         what is missing in it is computed.
     progress
-        Show a progress bar; ``None`` shows it in a terminal.
+        Show a progress bar; ``None`` shows it in a terminal. Methods with bars of their own, such as
+        :meth:`~cellstill.SCDD.condense`, should not show them then.
 
     Raises
     ------
