@@ -33,7 +33,7 @@ def whole(adata: AnnData, batch_key: str, seed: int, *, samples_per_class: int) 
         with _clock(numbers, "train"):
             model = SCDD(adata, seed=seed).train(progress=False)
         with _clock(numbers, "condense"):
-            cells = model.condense(samples_per_class)
+            cells = model.condense(samples_per_class, progress=False)
     numbers |= {"peak_gb": memory["mb"] / 1024, "n_cells": cells.n_obs}
     return lambda: ({}, numbers)
 

@@ -79,7 +79,7 @@ def _release(half: ad.AnnData, place: Path, seed: int) -> None:
     model.train(accelerator="cpu", progress=False)
     members = np.unique(half.obs["donor"].astype(str).to_numpy()[model.problem.rows["train"]])
     ways: dict[str, Callable[[], ad.AnnData]] = {
-        f"condensed_{PER_CLASS}_per_class": lambda: model.condense(PER_CLASS),
+        f"condensed_{PER_CLASS}_per_class": lambda: model.condense(PER_CLASS, progress=False),
         **{
             f"generated_{n}_per_class": lambda n=n: ad.concat([model.generate(name, n) for name in model.classes])
             for n in GENERATED

@@ -85,6 +85,7 @@ class Store:
             samples_per_class=(samples_per_class,),
             seeds=(seed,),
             full=self.full([seed]),
+            progress=False,
         ).condensed[0]
         predictions = {name: predicted.tolist() for (name, _), predicted in found.predictions.items()}
         numbers = {"n_cells": found.n_cells, "seconds": found.seconds, "added_mb": found.added_mb}

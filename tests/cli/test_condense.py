@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import anndata as ad
@@ -15,12 +17,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
+from rich.console import Console
 from sklearn.metrics import f1_score
 
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
-from cellstill.condense import CondensationProblem, MatchingConfig, get_evaluators
+from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
+from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.shared import shared_space
 from cellstill.data.expression import log_expression
 from cellstill.errors import InvalidArgumentError
 from cellstill.io.store import load_store
@@ -184,6 +190,60 @@ def test_the_evaluation_is_of_cells_that_nothing_was_made_of(cellstill, cells, w
     assert f"{difference['difference']:+.3f} (" in result.stdout
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill, cells, write, here, monkeypatch):
+    cells.obsm["X_known"] = np.random.default_rng(0).normal(size=(cells.n_obs, 2)).astype(np.float32)
+    used = []
+
+    def keep(problem, size, seed):
+        used.append(shared_space(problem, seed))
+        return problem.train[np.unique(problem.train.codes, return_index=True)[1]]
+
+    monkeypatch.setattr(latent_baselines, "N_STEPS", 3)
+    monkeypatch.setattr("cellstill.condense.shared.fit_space", lambda *args, **kwargs: pytest.fail("a second space"))
+    monkeypatch.setitem(BASELINES, "kept", Baseline("kept", keep, "", ""))
+    names = ("kmeans_latent", "generator", "text_distill", "kept")
+    baselines = [word for name in names for word in ("--baseline", name)]
+    args = ["--label-key", "cell_type", "--obsm-key", "X_known", "--seeds", "2", "--evaluator", "knn", "--spc", "2"]
+    result = cellstill("condense", write(cells), "--evaluate", *args, *baselines, *QUICK, "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    assert set(pd.read_csv(here / "out" / "evaluation.csv")["method"]) == {"scdd", *names}
+    first, second = used
+    assert first is second
+    stored = SCDD.load(here / "out" / "model").space
+    assert (first.autoencoder.config.n_latent, first.autoencoder.n_told) == (4, 2)
+    weights = first.autoencoder.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in stored.autoencoder.state_dict().items())
+
+
+def test_the_table_shows_as_much_as_the_terminal_has_room_for(cells):
+    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+    methods = {"scdd": "kmeans_centroids", "random": "random", "kmeans_centroids": "kmeans_pca"}
+    judges = ["logistic", "knn"]
+    how = {"samples_per_class": [2], "seeds": [0, 1], "evaluators": judges, "trained_with": {"scdd": ["knn"]}}
+    evaluation = evaluate(problem, methods, **how)
+
+    def drawn(width: int) -> list[str]:
+        ((_, table),) = _condensed_evaluation.evaluation_tables(evaluation, width)
+        console = Console(width=width, record=True, file=StringIO())
+        console.print(table)
+        return console.export_text().splitlines()
+
+    names = ["retention", "sd", "macro-F1", "rare", "gap", "robust", "fewer", "seconds", "scdd", "is", "ahead", "by"]
+    wide = drawn(110)
+    assert wide[0].split() == names
+    own = next(line for line in wide if line.startswith("scdd")).split()
+    row = evaluation.summary().set_index("method").loc["scdd"]
+    columns = ["retention", "retention_sd", "macro_f1", "rare_recall", "cross_architecture_gap", "label_robust_score"]
+    assert own[1:7] == [f"{row[column]:.3f}" for column in columns]
+    assert own[7] == f"{row['compression']:.1f}x"
+    for width, gone in ((80, {"fewer", "seconds", "robust"}), (75, {"fewer", "seconds", "robust", "gap"})):
+        narrow = drawn(width)
+        assert narrow[0].split() == [name for name in names if name not in gone]
+        assert len(narrow) == len(wide) == 4
+        assert "…" not in "".join(narrow)
+
+
 def test_cells_set_aside(cells):
     cells.obs["donor"] = [f"d{i % 5}" for i in range(cells.n_obs)]
     rest, test = _condensed_evaluation.hold_out(cells, ["cell_type"], None, 0.2, 0)
@@ -277,6 +337,64 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkeypatch):
+    judged = ["--evaluate", "--seeds", "2", "--evaluator", "knn", "--evaluator", "logistic"]
+    baselines = ["--baseline", "random", "--baseline", "herding"]
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, *judged]
+    assert cellstill(*args, *baselines, "--out", "whole").exit_code == 0
+
+    herding, asked = BASELINES["herding"], []
+
+    def until_the_last(problem, size, seed):
+        asked.append(seed)
+        return herding.condense(problem, size, seed) if seed == 0 or len(asked) > 2 else sys.exit(143)
+
+    monkeypatch.setitem(BASELINES, "herding", replace(herding, condense=until_the_last))
+    stopped = cellstill(*args, "--baseline", "herding", "--out", "out")
+    assert stopped.exit_code == 143
+    assert "what is done is kept in" in stopped.stderr
+    kept = here / ".out.checkpoint"
+    done = ["all_cells-0", "all_cells-1", "herding-0", "run", "scdd-0", "scdd-1"]
+    assert sorted(p.stem for p in kept.glob("*.json")) == done
+    assert not list(kept.glob("*partial*"))
+
+    other = cellstill(*args, *baselines, "--out", "out", "--resume", "--matching-steps", "5")
+    assert other.exit_code == 1
+    assert "belongs to another run: matching_steps=0 there and 5 here" in other.stderr
+    assert "start afresh with --overwrite" in other.stderr
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
+        patch.setattr(_condensed_evaluation, "train_full", lambda *args: pytest.fail("trained on all cells again"))
+        resumed = cellstill(*args, *baselines, "--out", "out", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert asked == [0, 1, 1]
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out", "whole"]
+    assert digest(here / "out" / "condensed.h5ad") == digest(here / "whole" / "condensed.h5ad")
+    one, two = (
+        pd.read_csv(here / name / "evaluation.csv").drop(columns=["seconds", "added_mb"]) for name in ("out", "whole")
+    )
+    pd.testing.assert_frame_equal(one, two)
+    assert (
+        summary_of(here / "out")["evaluation"]["differences"]
+        == (summary_of(here / "whole")["evaluation"]["differences"])
+    )
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monkeypatch):
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
+        assert cellstill(*args).exit_code == 143
+    made = ad.read_h5ad(here / ".out.checkpoint" / "condensed.h5ad")
+    monkeypatch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
+    resumed = cellstill(*args, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert (ad.read_h5ad(here / "out" / "condensed.h5ad").X != made.X).nnz == 0
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_overwriting_starts_afresh(cellstill, cells, write, here):
     (here / ".out.checkpoint").mkdir()
     (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
@@ -334,6 +452,10 @@ def no_counts(cells):
     cells.X = cells.X.log1p()
 
 
+def constant(cells):
+    cells.obs["constant"] = "same"
+
+
 def nothing(cells):
     pass
 
@@ -343,6 +465,11 @@ BAD = {
     "one_class": (one_class, [], ["--label-key cell_type: all cells are labelled 'B'", "at least two categories"]),
     "no_such_label": (nothing, ["--label-key", "x"], ["--label-key x is not in adata.obs", "'cell_type'"]),
     "label_twice": (nothing, ["--label-key", "cell_type"], ["several different"]),
+    "one_category": (
+        constant,
+        ["--label-key", "constant", "--evaluate"],
+        ["--label-key constant has one category, 'same'", "Leave it out"],
+    ),
     "no_such_donor": (nothing, ["--donor-key", "x"], ["--donor-key x is not in adata.obs"]),
     "one_donor": (one_donor, ["--donor-key", "donor"], ["--donor-key has 1 donors (d0); 2 at least", "to split cells"]),
     "missing_donor": (missing_donor, ["--donor-key", "donor"], ["--donor-key: adata.obs['donor'] is missing for 1"]),
@@ -374,6 +501,18 @@ def test_bad_input(cellstill, cells, write, here, case):
     assert line.startswith("error: ")
     for words in remedy:
         assert words in line
+    assert [p.name for p in here.iterdir()] == ["in.h5ad"]
+
+
+@pytest.mark.parametrize("name", ["geosketch", "scvalue"])
+def test_a_missing_package_is_said_before_training(cellstill, cells, write, here, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    result = cellstill("condense", write(cells), "--label-key", "cell_type", "--evaluate", "--baseline", name)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"error: The baseline '{name}' needs the package '{name}', which is not installed. Run: pip install "
+        "'cellstill[condense]'."
+    )
     assert [p.name for p in here.iterdir()] == ["in.h5ad"]
 
 

@@ -17,6 +17,7 @@ from cellstill.condense.baselines.base import principal_components
 from cellstill.condense.baselines.matching import gradient_distance
 from cellstill.condense.baselines.profiles import counts_of_profiles, unit_length
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.evaluate import evaluate
 from cellstill.condense.evaluators import EVALUATORS
 from cellstill.condense.problem import CondensationProblem
 from cellstill.data.expression import log_expression
@@ -247,6 +248,10 @@ def test_a_missing_package_is_named(problem, name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(OptionalDependencyError, match=rf"'{name}'.*cellstill\[condense\]"):
         BASELINES[name].condense(problem, 2, 0)
+    asked = []
+    with pytest.raises(OptionalDependencyError, match=rf"'{name}'.*cellstill\[condense\]"):
+        evaluate(problem, {"first": lambda *args: asked.append(args), name: name}, samples_per_class=[1])
+    assert not asked
 
 
 def test_scvalue_prefers_cells_that_the_forest_gets_right(problem):

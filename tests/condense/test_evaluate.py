@@ -227,6 +227,21 @@ def test_a_class_without_test_cells_does_not_count():
     assert np.isfinite(found.scores.retention).all()
 
 
+def test_progress_is_shown_in_a_terminal_unless_it_is_unwanted(problem, monkeypatch, capsys):
+    def shown(**how) -> str:
+        evaluate(problem, {"first": first_cells}, samples_per_class=[1], seeds=[0], evaluators=["knn"], **how)
+        return capsys.readouterr().err
+
+    assert shown() == ""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.isatty", lambda fd: True)
+    err = shown()
+    assert "first, 1 per class" in err
+    assert "100%" in err
+    assert shown(progress=False) == ""
+
+
 def test_memory_of_the_method_is_seen(problem):
     def hungry(problem, samples_per_class, seed):
         # Above 32 MiB malloc always asks the system, so memory freed earlier can't serve it.

@@ -21,7 +21,7 @@ from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.method import TRAINED_WITH, Variant, scdd
 from cellstill.condense.problem import CondensationProblem
-from cellstill.condense.shared import share_space, shared_space
+from cellstill.condense.shared import share_space, shared_space, use_space
 from cellstill.condense.space import fit_space
 from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.errors import InvalidArgumentError
@@ -49,7 +49,7 @@ def trained():
     """A problem, and its small space in place of the one of default settings."""
     problem = make_problem()
     space = fit_space(problem, **SMALL, seed=0)
-    shared._spaces[problem] = {(0, LatentConfig(), GeneratorConfig()): space}
+    use_space(problem, space)
     share_space(problem, 0, space)
     return problem, space
 
@@ -277,3 +277,12 @@ def test_scdd_is_the_variant_of_defaults(trained, monkeypatch):
 def test_a_shared_space_is_found_by_its_settings(trained):
     problem, space = trained
     assert shared_space(problem, 0, SMALL["latent"], SMALL["generator"]) is space
+
+
+def test_a_space_to_use_is_that_of_all_seeds_but_not_of_other_settings(trained, monkeypatch):
+    problem, space = trained
+    monkeypatch.setattr(shared, "fit_space", lambda *settings, seed: (*settings[1:], seed))
+    assert [shared_space(problem, seed) for seed in (0, 5)] == [space, space]
+    other = LatentConfig(n_latent=3)
+    assert shared_space(problem, 5, other) == (other, GeneratorConfig(), 5)
+    assert shared_space(make_problem(), 5) == (LatentConfig(), GeneratorConfig(), 5)

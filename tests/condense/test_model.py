@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import partial
 
 import anndata
@@ -17,6 +18,7 @@ from cellstill.condense import solver as solver_module
 from cellstill.condense.choice import validation_score
 from cellstill.condense.output import provenance_of
 from cellstill.errors import (
+    CellstillWarning,
     GeneMismatchError,
     InvalidArgumentError,
     InvalidCountsError,
@@ -352,10 +354,62 @@ def test_interrupted_training_goes_on_to_the_same_weights(trained, tmp_path, pha
         interrupted.generate("T cell", 1)
     with pytest.raises(StoreError, match="resume=True"):
         fresh(trained).train(progress=False, checkpoint=tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"resume=True needs the checkpoint .* give checkpoint="):
+        fresh(trained).train(progress=False, resume=True)
     resumed = fresh(trained).train(progress=False, checkpoint=tmp_path, resume=True)
     assert_same_weights(straight, resumed)
     for part in straight.history_:
         pd.testing.assert_frame_equal(straight.history_[part], resumed.history_[part])
+
+
+# What is said of condensing
+
+
+UNMATCHED = {"counts": "expected", "start": "random", "matching": MatchingConfig(n_steps=0)}
+
+
+def test_classes_that_stay_below_the_budget_are_named(trained):
+    problem = trained.model.problem
+    sizes = np.bincount(problem.train.codes)
+    with pytest.warns(CellstillWarning) as heard:
+        cells = trained.model.condense(int(sizes.min()) + 1, **UNMATCHED)
+    assert [str(each.message) for each in heard] == [
+        f"1 of 3 classes have fewer than samples_per_class={sizes.min() + 1} cells to learn from, and get as many "
+        f"synthetic cells as these: rare/odd ({sizes.min()})."
+    ]
+    assert heard[0].filename == __file__
+    assert (cells.obs["cell_type"] == "rare/odd").sum() == sizes.min()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained.model.condense(int(sizes.min()), **UNMATCHED)
+
+
+def test_a_budget_that_compresses_nothing_is_told(trained):
+    most = int(np.bincount(trained.model.problem.train.codes).max())
+    with pytest.warns(CellstillWarning, match=f"samples_per_class={most} leaves no class smaller: there is no compr"):
+        cells = trained.model.condense(most, **UNMATCHED)
+    assert cells.n_obs == len(trained.model.problem.train)
+
+
+def test_progress_is_a_bar_for_each_phase_in_a_terminal(trained, monkeypatch, capsys):
+    def shown(**how) -> str:
+        trained.model.condense(2, counts="rounded", start="random", matching=QUICK, **how)
+        return capsys.readouterr().err
+
+    assert shown() == ""
+    assert shown(progress=True) == ""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.isatty", lambda fd: True)
+    steps = []
+    for err in (shown(), shown(progress=True, on_step=lambda *step: steps.append(step))):
+        assert "matching, random" in err
+        assert "choosing" in err
+        assert "100%" in err
+    assert steps[:2] == [("matching, random", 1, 6), ("matching, random", 2, 6)]
+    assert steps[-1] == ("choosing", 6, 6)
+    assert shown(progress=False) == ""
+    assert shown(on_step=lambda *step: None) == ""
 
 
 # Saving

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from cellstill.cli._memory import peak_mb, used_mb
 from cellstill.cli._outputs import versions, write_figure, write_json
 from cellstill.cli._pipeline import read_counts
 from cellstill.cli._terminal import Terminal
-from cellstill.errors import CellstillWarning
 from cellstill.io.anndata import open_anndata
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from cellstill import SCDD
-    from cellstill.condense import CondensationProblem, Evaluation
+    from cellstill.condense import Evaluation
 
 RESULTS = ("condensed.h5ad", "evaluation.csv", "figures", "model", "summary.json")
 """Names in a folder of results; one that holds anything else is never replaced."""
@@ -70,7 +68,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
     folder
         Where ``condensed.h5ad``, ``model/``, ``figures/``, ``summary.json`` and ``evaluation.csv`` go.
     checkpoint
-        Folder for the state of training, which goes on from there if it holds one.
+        Folder for the state of training and for results, from which the run goes on if it holds some.
     term
         Where to report.
 
@@ -85,6 +83,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
         with term.stage("load", "Loading libraries"):
             from cellstill.cli import _condensed_evaluation as judging
             from cellstill.cli import _condensed_likeness as likeness
+            from cellstill.cli._condensed_kept import Kept
         with term.stage("read", f"Reading {settings.path.name}: {stored.shape[0]:,} cells x {stored.shape[1]:,} genes"):
             adata, layer = read_counts(stored, settings.layer, [settings.obsm_key] if settings.obsm_key else [])
             adata = only_needed(adata, layer, settings)
@@ -107,8 +106,8 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
             resume=True,
         )
     problem = model.problem
-    _warn_about_capped_classes(problem, settings.samples_per_class)
     make, evaluation = maker(model, settings), None
+    kept = Kept.of_run(checkpoint, settings, problem)
     if settings.evaluate:
         with term.stage("evaluate", "Condensing and judging") as say:
             evaluation, condensed = judging.evaluate_condensed(
@@ -118,11 +117,12 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
                 baselines=settings.baselines,
                 evaluators=settings.evaluators,
                 seeds=range(settings.seed, settings.seed + settings.n_seeds),
+                kept=kept,
                 say=say,
             )
     else:
         with term.stage("condense", f"Condensing to {settings.samples_per_class} cells of each class") as say:
-            condensed = make(settings.seed, say)
+            condensed = kept.cells(lambda: make(settings.seed, say))
     cells = judging.cells_of(condensed, problem)
     with term.stage("compare", "Comparing with real cells"):
         validation = _validation(model, cells, settings.seed)
@@ -164,23 +164,6 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
     }
     write_json(folder / "summary.json", summary)
     return Condensation(condensed, model, evaluation, summary)
-
-
-def _warn_about_capped_classes(problem: CondensationProblem, samples_per_class: int) -> None:
-    sizes = np.bincount(problem.train.codes, minlength=problem.n_classes)
-    small = [f"{problem.classes[code]} ({sizes[code]})" for code in np.flatnonzero(sizes < samples_per_class)]
-    if not small:
-        return
-    shown = ", ".join(small[:8]) + (", ..." if len(small) > 8 else "")
-    message = (
-        f"{len(small)} of {problem.n_classes} classes have fewer than samples_per_class={samples_per_class} cells to "
-        f"learn from, and get as many synthetic cells as these: {shown}."
-    )
-    if (sizes == 1).any():
-        message += " What is synthesised from a single cell may tell what that cell expresses."
-    if (sizes <= samples_per_class).all():
-        message += " So there is no compression: lower it."
-    warnings.warn(message, CellstillWarning, stacklevel=2)
 
 
 def _validation(model: SCDD, cells: Any, seed: int) -> dict[str, Any]:

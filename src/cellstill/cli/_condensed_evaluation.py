@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cellstill.condense import BASELINES, CondensationProblem, Evaluation, LabelledCells, evaluate
+from cellstill.cli._condensed_kept import Kept
+from cellstill.condense import (
+    BASELINES,
+    CondensationProblem,
+    Evaluation,
+    FullData,
+    LabelledCells,
+    evaluate,
+    get_evaluators,
+)
 from cellstill.condense.choice import JUDGES
+from cellstill.condense.evaluate import Method, check_tasks, train_full
+from cellstill.condense.evaluated import Condensed
 from cellstill.condense.problem import _warn_about_small_classes, read_labels
 from cellstill.condense.splits import split_classes
 from cellstill.data.covariates import obs_column
@@ -23,12 +35,19 @@ OURS = "scdd"
 """Name of our method in tables."""
 
 _COLUMNS = {
-    "retention": "retention",
-    "retention_sd": "sd",
-    "macro_f1": "macro-F1",
-    "rare_recall": "rare",
-    "seconds": "seconds",
+    "retention": ("retention", "{:.3f}"),
+    "retention_sd": ("sd", "{:.3f}"),
+    "macro_f1": ("macro-F1", "{:.3f}"),
+    "rare_recall": ("rare", "{:.3f}"),
+    "cross_architecture_gap": ("gap", "{:.3f}"),
+    "label_robust_score": ("robust", "{:.3f}"),
+    "compression": ("fewer", "{:.1f}x"),
+    "seconds": ("seconds", "{:.1f}"),
 }
+"""Headings and forms of the columns of a summary."""
+
+_SPARED = ("compression", "seconds", "label_robust_score", "cross_architecture_gap", "retention_sd", "rare_recall")
+"""Columns left out where a terminal is too narrow, in this order."""
 
 
 def hold_out(
@@ -43,9 +62,10 @@ def hold_out(
     Raises
     ------
     InvalidArgumentError
-        Fewer than three donors, or donors without whom a class has no cell to condense.
+        A column of one category, fewer than three donors, or donors without whom a class has no cell to condense.
     """
-    codes, classes, _ = read_labels(adata, keys)
+    codes, classes, tasks = read_labels(adata, keys)
+    check_tasks(tasks)
     donors = None
     if donor_key is not None:
         donors = obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
@@ -80,6 +100,7 @@ def evaluate_condensed(
     baselines: Sequence[str],
     evaluators: Sequence[str],
     seeds: Sequence[int],
+    kept: Kept,
     say: Callable[[str], None],
 ) -> tuple[Evaluation, AnnData]:
     """Score ours and baselines on the test cells of a problem.
@@ -92,6 +113,8 @@ def evaluate_condensed(
         From a seed to synthetic cells.
     samples_per_class, baselines, evaluators, seeds
         See :func:`~cellstill.condense.evaluate.evaluate`; no evaluators stand for all.
+    kept
+        Where results are kept, and those there already.
     say
         Told which method runs.
 
@@ -99,32 +122,35 @@ def evaluate_condensed(
     -------
     The evaluation, and our cells of the first seed.
     """
-    made: list[AnnData] = []
 
     def ours(_: CondensationProblem, size: int, seed: int) -> LabelledCells:
         cells = make(seed)
-        if not made:
-            made.append(cells)
+        if seed == seeds[0]:
+            kept.keep_cells(cells)
         return cells_of(cells, problem)
 
-    def told(name: str, method: Any) -> Any:
-        def run(problem: CondensationProblem, size: int, seed: int) -> LabelledCells:
-            say(f"{name}, seed {seed}")
-            return method(problem, size, seed)
+    def trained_on_all(seed: int) -> Mapping[tuple[str, int, str], np.ndarray]:
+        return train_full(problem, judges, [seed]).predictions
 
-        return run
+    judges = get_evaluators(list(evaluators) or None)
+    names = tuple(judge.name for judge in judges)
+    predictions: dict[tuple[str, int, str], np.ndarray] = {}
+    for seed in seeds:
+        say(f"training on all cells, seed {seed}")
+        predictions |= kept.predictions(f"all_cells-{seed}", partial(trained_on_all, seed))
+    full = FullData(problem, predictions)
+
+    def judge(name: str, method: Method, seed: int) -> Condensed:
+        say(f"{name}, seed {seed}")
+        how: dict[str, Any] = {"samples_per_class": [samples_per_class], "seeds": [seed], "evaluators": names}
+        return evaluate(problem, {name: method}, **how, full=full, progress=False).condensed[0]
 
     methods = {OURS: ours, **{name: BASELINES[name].condense for name in baselines}}
-    say("training on all cells")
-    evaluation = evaluate(
-        problem,
-        {name: told(name, method) for name, method in methods.items()},
-        samples_per_class=[samples_per_class],
-        seeds=seeds,
-        evaluators=list(evaluators) or None,
-        trained_with={OURS: JUDGES},
-    )
-    return evaluation, made[0]
+    runs = [(name, method, seed) for name, method in methods.items() for seed in seeds]
+    found = [kept.result(name, seed, partial(judge, name, method, seed)) for name, method, seed in runs]
+    trained_with = {OURS: JUDGES, **{name: BASELINES[name].trained_with for name in baselines}}
+    evaluation = Evaluation(problem, tuple(found), full, names, trained_with)
+    return evaluation, kept.cells(lambda: make(seeds[0]))
 
 
 def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
@@ -138,28 +164,26 @@ def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def evaluation_tables(evaluation: Evaluation) -> list[tuple[str, Table]]:
+def evaluation_tables(evaluation: Evaluation, width: int) -> list[tuple[str, Table]]:
     """Lay out for a terminal: a title and a table of methods for each task, best retention first.
 
-    ``sd`` is that of retention over seeds, ``rare`` the recall of the rarest quarter of the classes.
+    ``sd`` is that of retention over seeds, ``rare`` the recall of the rarest quarter of the classes, ``gap`` how much
+    more evaluators retain whose architecture the method trained with, ``robust`` the label-robust score. Columns for
+    which ``width`` has no room are left out, those of :data:`_SPARED` first to last.
     """
-    from rich.table import Table
+    from rich.console import Console
 
     summary, full = evaluation.summary(), evaluation.full_scores
     differences = evaluation.compare(OURS).set_index(["task", "baseline"])
+    unbounded = Console(width=1000)
     found = []
     for task in summary["task"].unique():
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("")
-        for name in (*_COLUMNS.values(), "scdd is ahead by"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for _, row in summary[summary["task"] == task].iterrows():
-            method = row["method"]
-            cells = [_number(row[column], "{:.1f}" if column == "seconds" else "{:.3f}") for column in _COLUMNS]
-            ahead = ""
-            if method != OURS and (difference := differences.loc[(task, method)]).notna().all():
-                ahead = "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference[["difference", "low", "high"]])
-            table.add_row(f"[bold]{method}[/]" if method == OURS else method, *cells, ahead)
+        rows = summary[summary["task"] == task]
+        for n_spared in range(len(_SPARED) + 1):
+            shown = [column for column in _COLUMNS if column not in _SPARED[:n_spared]]
+            table = _table(rows, differences.loc[task], shown)
+            if unbounded.measure(table).maximum <= width:
+                break
         reached = full.loc[full["task"] == task, "macro_f1"].mean()
         title = (
             f"{task}: {len(evaluation.problem.test):,} test cells, {len(evaluation.evaluators)} evaluators, which "
@@ -169,5 +193,18 @@ def evaluation_tables(evaluation: Evaluation) -> list[tuple[str, Table]]:
     return found
 
 
-def _number(value: float, form: str) -> str:
-    return "" if pd.isna(value) else form.format(value)
+def _table(rows: pd.DataFrame, differences: pd.DataFrame, columns: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("")
+    for heading in (*(_COLUMNS[column][0] for column in columns), "scdd is ahead by"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for _, row in rows.iterrows():
+        method = row["method"]
+        cells = ["" if pd.isna(row[column]) else _COLUMNS[column][1].format(row[column]) for column in columns]
+        ahead = ""
+        if method != OURS and (difference := differences.loc[method]).notna().all():
+            ahead = "{:+.3f} ({:+.3f}, {:+.3f})".format(*difference[["difference", "low", "high"]])
+        table.add_row(f"[bold]{method}[/]" if method == OURS else method, *cells, ahead)
+    return table

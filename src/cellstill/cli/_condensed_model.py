@@ -68,10 +68,12 @@ def check_keys(stored: StoredAnnData, settings: CondensationSettings) -> None:
 
 
 def check_names(settings: CondensationSettings) -> None:
+    """Check that baselines and evaluators exist, and that what they need is installed."""
     from cellstill.condense import BASELINES, get_evaluators
 
     for name in settings.baselines:
         check_option("baseline", name, BASELINES)
+        BASELINES[name].check_installed()
     get_evaluators(settings.evaluators or None)
 
 
@@ -123,6 +125,7 @@ def maker(model: SCDD, settings: CondensationSettings) -> Maker:
         start=settings.start,  # type: ignore[arg-type]
         matching=MatchingConfig(n_steps=settings.matching_steps),
         seed=seed,
+        progress=False,
         on_step=lambda phase, step, n_steps: say(f"{phase}, {step} of {n_steps}"),
     )
 
@@ -135,10 +138,13 @@ def with_test_cells(
     layer: str | None,
     settings: CondensationSettings,
 ) -> CondensationProblem:
-    """The model's cells and genes, and the test cells."""
+    """The model's cells and genes, and the test cells; baselines that need a trained space find the model's."""
     from cellstill.condense import CondensationProblem
+    from cellstill.condense.shared import use_space
 
     rows = {name: rest[model.problem.rows[name]] for name in ("train", "validation")} | {"test": test}
-    return CondensationProblem.from_rows(
+    problem = CondensationProblem.from_rows(
         adata, list(settings.label_keys), rows, model.gene_names, layer=layer, donor_key=settings.donor_key
     )
+    use_space(problem, model.space)
+    return problem

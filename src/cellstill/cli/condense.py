@@ -175,7 +175,7 @@ def condense(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with the training of a run that was interrupted.", rich_help_panel=_RESULTS
+            "--resume", help="Go on with a run that was interrupted, from what it had done.", rich_help_panel=_RESULTS
         ),
     ] = False,
     verbose: Annotated[
@@ -234,7 +234,7 @@ def condense(
                 result = condense_file(settings, partial, checkpoint, term)
         except BaseException:
             if _holds_a_run(checkpoint):
-                words = f"training so far is kept in {checkpoint}; the same command with --resume goes on from there."
+                words = f"what is done is kept in {checkpoint}; the same command with --resume goes on from there."
                 term.line("note", words, "bold")
             else:
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -262,7 +262,7 @@ def print_result(result: Condensation, folder: Path, term: Terminal) -> None:
     if result.evaluation is not None:
         from cellstill.cli._condensed_evaluation import evaluation_tables
 
-        for title, table in evaluation_tables(result.evaluation):
+        for title, table in evaluation_tables(result.evaluation, term.out.width):
             term.out.print("")
             term.out.print(title, highlight=False, soft_wrap=True)
             term.out.print(table)

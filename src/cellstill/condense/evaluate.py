@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.evaluated import Condensed, Evaluation, FullData
 from cellstill.condense.evaluators import Evaluator, get_evaluators
 from cellstill.condense.problem import CondensationProblem, Task
+from cellstill.condense.progress import bars
 from cellstill.errors import InvalidArgumentError, check_option
 
 _log = logging.getLogger("cellstill")
@@ -36,7 +36,7 @@ def evaluate(
     evaluators: Iterable[str] | None = None,
     trained_with: Mapping[str, Collection[str]] | None = None,
     full: FullData | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Score methods of condensation by what classifiers learn from their cells.
 
@@ -65,7 +65,8 @@ def evaluate(
         Predictions after training on all cells, from an earlier evaluation of the same problem (``Evaluation.full``);
         what is missing in it is computed.
     progress
-        Show a progress bar, if stderr is a terminal.
+        Show a progress bar; ``None`` shows it in a terminal. Methods with bars of their own, such as
+        :meth:`~cellstill.SCDD.condense`, should not show them then.
 
     Raises
     ------
@@ -75,7 +76,7 @@ def evaluate(
     OptionalDependencyError
         A baseline needs a package that is not installed.
     """
-    _check_tasks(problem)
+    check_tasks(problem.tasks)
     named = _methods(methods)
     judges = get_evaluators(evaluators)
     budgets, repeats = _distinct("samples_per_class", samples_per_class), _distinct("seeds", seeds)
@@ -178,6 +179,7 @@ def _methods(methods: Iterable[str] | Mapping[str, Method | str]) -> dict[str, M
     for name, method in given.items():
         if isinstance(method, str):
             check_option("methods", method, BASELINES)
+            BASELINES[method].check_installed()
             method = BASELINES[method].condense
         found[name] = method
     return found
@@ -189,8 +191,9 @@ def _distinct(argument: str, values: Sequence[int]) -> list[int]:
     return [int(value) for value in values]
 
 
-def _check_tasks(problem: CondensationProblem) -> None:
-    for task in problem.tasks:
+def check_tasks(tasks: Iterable[Task]) -> None:
+    """Refuse a task of one category."""
+    for task in tasks:
         if len(task.names) < 2:
             raise InvalidArgumentError(
                 f"labels_key={task.key!r} has one category, {task.names[0]!r}: nothing can be told apart. Leave it out."
@@ -223,13 +226,10 @@ def _memory(every: float = 0.02) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def _bar(progress: bool, n_steps: int) -> Iterator[Callable[[str, int], None]]:
-    if not progress or not sys.stderr.isatty():
-        yield lambda label, n: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=n_steps)
-        yield lambda label, n: bar.update(task, description=label, advance=n)
+def _bar(progress: bool | None, n_steps: int) -> Iterator[Callable[[str, int], None]]:
+    with bars(progress) as shown:
+        if shown is None:
+            yield lambda label, n: None
+            return
+        task = shown.add_task("", total=n_steps)
+        yield lambda label, n: shown.update(task, description=label, advance=n)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from cellstill._compat.scvi import RegisteredModel, category_registry, register, setup_args
+from cellstill.condense.capped import warn_about_capped_classes
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.counts import FORMS, CountsForm, Rendering
 from cellstill.condense.generator import GeneratorConfig
@@ -20,6 +21,7 @@ from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import to_anndata
 from cellstill.condense.problem import CondensationProblem, Task, read_labels
+from cellstill.condense.progress import showing_steps
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
@@ -170,6 +172,11 @@ class SCDD(RegisteredModel):
         return self._problem
 
     @property
+    def space(self) -> Space:
+        """Trained latent space and generator."""
+        return self._require_space()
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their codes."""
         return self._known()[0]
@@ -209,7 +216,7 @@ class SCDD(RegisteredModel):
         Raises
         ------
         InvalidArgumentError
-            The cells cannot be split, or ``latent`` embeds nothing.
+            The cells cannot be split, ``latent`` embeds nothing, or ``resume`` is given without ``checkpoint``.
         TrainingError
             A loss or gradient is not finite.
         StoreError
@@ -253,6 +260,7 @@ class SCDD(RegisteredModel):
         start: Start | Literal["auto"] = "auto",
         matching: MatchingConfig | None = None,
         seed: int | None = None,
+        progress: bool | None = None,
         on_step: Callable[[str, int, int], None] | None = None,
     ) -> AnnData:
         """Make a few synthetic cells of each class.
@@ -270,6 +278,8 @@ class SCDD(RegisteredModel):
             Settings of the matching; ``None`` takes the defaults.
         seed
             Of everything drawn; ``None`` takes that of the model.
+        progress
+            Show progress bars; ``None`` shows them in a terminal, unless ``on_step`` is given.
         on_step
             Called as ``on_step(phase, step, n_steps)``.
 
@@ -284,13 +294,19 @@ class SCDD(RegisteredModel):
             A setting is out of range, or the model was loaded without data.
         NotTrainedError
             The model is not trained.
+
+        Warns
+        -----
+        CellstillWarning
+            Classes with fewer cells than ``samples_per_class``, and a number that compresses nothing.
         """
         space, problem = self._require_space(), self.problem
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
-        found = condense(
-            problem, space, samples_per_class, counts=counts, start=start, matching=matching, seed=seed, on_step=on_step
-        )
+        warn_about_capped_classes(problem, samples_per_class)
+        how: dict[str, Any] = {"counts": counts, "start": start, "matching": matching, "seed": seed}
+        with showing_steps(progress, on_step) as told:
+            found = condense(problem, space, samples_per_class, **how, on_step=told)
         return to_anndata(
             found.cells,
             problem.classes,

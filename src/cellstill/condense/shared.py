@@ -10,7 +10,8 @@ from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.space import Space, fit_space
 
 _Key = tuple[int, LatentConfig, GeneratorConfig]
-_spaces: weakref.WeakKeyDictionary[CondensationProblem, dict[_Key, Space]] = weakref.WeakKeyDictionary()
+_spaces: weakref.WeakKeyDictionary[CondensationProblem, dict[_Key | None, Space]] = weakref.WeakKeyDictionary()
+"""Spaces by what they were trained with; that of :func:`use_space` by ``None``."""
 
 
 def shared_space(
@@ -28,10 +29,13 @@ def shared_space(
     seed
         Of the training.
     latent, generator
-        Settings; ``None`` takes the defaults.
+        Settings; ``None`` takes the defaults. With neither, the space of :func:`use_space` is taken if there is one,
+        whatever the seed.
     """
-    latent, generator = latent or LatentConfig(), generator or GeneratorConfig()
     kept = _spaces.setdefault(problem, {})
+    if latent is None and generator is None and None in kept:
+        return kept[None]
+    latent, generator = latent or LatentConfig(), generator or GeneratorConfig()
     key = (seed, latent, generator)
     if key not in kept:
         kept[key] = fit_space(problem, latent, generator, seed=seed)
@@ -49,3 +53,19 @@ def share_space(problem: CondensationProblem, seed: int, space: Space) -> None:
         Trained; its settings are those it is found by.
     """
     _spaces.setdefault(problem, {})[seed, space.autoencoder.config, space.config] = space
+
+
+def use_space(problem: CondensationProblem, space: Space) -> None:
+    """Let :func:`shared_space` return a trained space wherever no settings are asked for, whatever the seed.
+
+    So methods that ask for the space of the defaults, such as the baselines of the latent space, share one of other
+    settings; their seeds then tell of condensing, not of training.
+
+    Parameters
+    ----------
+    problem
+        Cells to condense.
+    space
+        Trained on their like: with the same genes and classes.
+    """
+    _spaces.setdefault(problem, {})[None] = space

@@ -18,7 +18,7 @@ from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGen
 from cellstill.condense.latent import Autoencoder, LatentConfig, encode, fit_autoencoder
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.spread import Spread, fit_spread
-from cellstill.errors import whole_number
+from cellstill.errors import InvalidArgumentError, whole_number
 from cellstill.train.progress import OnEpoch
 
 
@@ -138,7 +138,18 @@ def fit_space(
         As in :func:`cellstill.train.fit.fit`.
     checkpoint, resume
         Folder for the state of the three trainings, written after each epoch, and whether to go on from it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``resume`` without ``checkpoint``.
+    TrainingError
+        A loss or gradient is not finite.
+    StoreError
+        ``checkpoint`` holds a run already and ``resume`` is false, or one with other data or settings.
     """
+    if resume and checkpoint is None:
+        raise InvalidArgumentError("resume=True needs the checkpoint to go on from: give checkpoint=... as well.")
     phases = ("latent", "diffusion", "tuning")
     saved: dict[str, dict[str, Any]] = {phase: {} for phase in phases}
     if checkpoint is not None:

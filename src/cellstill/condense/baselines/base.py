@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 
 from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.problem import CondensationProblem
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, optional_dependency
 
 N_COMPONENTS = 50
 """Principal components in which cells are compared."""
@@ -40,8 +41,8 @@ class Baseline:
         What it cannot do, in a sentence.
     trained_with
         Evaluators whose architecture it trained with; none if it trained no network.
-    extra
-        Optional dependencies that it needs.
+    package, extra
+        Optional package that it needs, and the extra of ours that installs it; both or neither.
     """
 
     name: str
@@ -49,7 +50,13 @@ class Baseline:
     reference: str
     limits: str
     trained_with: tuple[str, ...] = ()
+    package: str | None = None
     extra: str | None = None
+
+    def check_installed(self) -> None:
+        """Raise OptionalDependencyError if the package that it needs is not there, without importing it."""
+        if self.package and self.extra and find_spec(self.package) is None:
+            raise optional_dependency(self.package, self.extra, f"The baseline {self.name!r}")
 
 
 BASELINES: dict[str, Baseline] = {}
@@ -57,7 +64,13 @@ BASELINES: dict[str, Baseline] = {}
 
 
 def baseline(
-    name: str, *, reference: str, limits: str, trained_with: tuple[str, ...] = (), extra: str | None = None
+    name: str,
+    *,
+    reference: str,
+    limits: str,
+    trained_with: tuple[str, ...] = (),
+    package: str | None = None,
+    extra: str | None = None,
 ) -> Callable[[_C], _C]:
     """Register a function as a :class:`Baseline`.
 
@@ -70,7 +83,7 @@ def baseline(
     def register(condense: _C) -> _C:
         if name in BASELINES:
             raise InvalidArgumentError(f"name={name!r} is taken by another baseline. Choose a new name.")
-        BASELINES[name] = Baseline(name, condense, reference, limits, trained_with, extra)
+        BASELINES[name] = Baseline(name, condense, reference, limits, trained_with, package, extra)
         return condense
 
     return register

@@ -22,6 +22,7 @@ _POWER = 4
     "geosketch",
     reference="Hie et al. (2019), 10.1016/j.cels.2019.05.003",
     limits="Covers the space evenly, so that outliers are overrepresented.",
+    package="geosketch",
     extra=_EXTRA,
 )
 def geosketch(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
@@ -72,6 +73,7 @@ def scsampler(problem: CondensationProblem, samples_per_class: int, seed: int = 
     "scvalue",
     reference="Huang et al. (2025), 10.1093/bib/bbaf279",
     limits="Its own allocation over classes is replaced by the budget per class.",
+    package="scvalue",
     extra=_EXTRA,
 )
 def scvalue(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
