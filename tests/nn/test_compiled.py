@@ -58,6 +58,17 @@ def test_auto_compiles_from_a_number_of_values_on():
         assert kernels(torch.device("meta")) is None
 
 
+def test_auto_inside_another_choice_leaves_it_to_that():
+    with compiled(False), compiled("auto", n_values=WORTH_COMPILING):
+        assert kernels(CPU) is None
+    with compiled(True), compiled("auto"):
+        assert kernels(CPU) is not None
+    with compiled("auto", n_values=WORTH_COMPILING), compiled("auto"):
+        assert kernels(CPU) is not None
+    with compiled("auto"), compiled("auto", n_values=WORTH_COMPILING):
+        assert kernels(CPU) is None
+
+
 def run(code, **variables):
     """What another interpreter prints, with the environment changed."""
     done = subprocess.run(

@@ -297,23 +297,29 @@ def test_scvi_itself_trains_on_dense_minibatches(adata):
     np.testing.assert_array_equal(batch["X"], adata.X[batch["rows"].numpy()].toarray())
 
 
-def test_early_stopping_of_a_trainer_waits_for_the_warm_up(new_noisy):
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_early_stopping_of_a_trainer_forgets_the_losses_of_the_warm_up(new_line, mode):
     rng = np.random.default_rng(0)
     per_cell = {"x": rng.normal(size=(120, 3)).astype(np.float32), "y": rng.normal(size=120).astype(np.float32)}
     data = CountsDataModule(sp.csr_matrix((120, 2), dtype=np.float32), per_cell, batch_size=32)
-    weights = []
+    sign, weights, epochs = 1 if mode == "min" else -1, [], []
 
-    class Watched(new_noisy):
+    class Told(new_line):
+        """Its validation loss is told: best at the start, worse up to the end of the warm-up, better until epoch 14."""
+
         def loss(self, batch, kl_weight=1.0):
             if self.training:
                 weights.append(kl_weight)
-            return super().loss(batch, kl_weight)
+                return super().loss(batch)
+            epoch = len(weights) // len(data.train_dataloader())
+            epochs.append(epoch)
+            value = 10.0 + epoch if epoch <= 10 else 40.0 - min(epoch, 14)
+            return 0 * super().loss(batch) + sign * value
 
-    plan = Plan(Watched(), lr=1e-9, kl_warmup=0.5)
-    # Nothing is learned, so that it would stop at once.
-    stopping = EarlyStopping("validation_loss", patience=1, min_delta=1e9)
+    stopping = EarlyStopping("validation_loss", patience=3, mode=mode)
+    plan = Plan(Told(), lr=1e-9, kl_warmup=0.25)
     Trainer(
-        max_epochs=20,
+        max_epochs=40,
         callbacks=[stopping],
         accelerator="cpu",
         devices=1,
@@ -325,4 +331,5 @@ def test_early_stopping_of_a_trainer_waits_for_the_warm_up(new_noisy):
     assert plan.n_warmup == 10 * steps
     assert weights[plan.n_warmup - 1] < 1
     assert weights[plan.n_warmup :] == [1.0] * (len(weights) - plan.n_warmup)
-    assert steps <= len(weights) - plan.n_warmup < 3 * steps
+    # The best is epoch 14, and three more are waited for.
+    assert len(weights) == 17 * steps

@@ -159,7 +159,7 @@ def test_a_lightning_trainer_stops_at_a_loss_that_is_not_finite(new_line, data):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")
 @pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero.*", "ignore:.*LeafSpec.*is deprecated")
-@pytest.mark.parametrize("where", ["loss", "gradient of the last step"])
+@pytest.mark.parametrize("where", ["loss", "gradient of the last step", "the very last step"])
 def test_what_is_not_finite_leaves_the_weights_of_the_epoch_before(new_line, data, where):
     module = CountsDataModule(sp.csr_matrix(np.ones((200, 2))), data, train_size=1.0, batch_size=50)
     ends = []
@@ -174,7 +174,7 @@ def test_what_is_not_finite_leaves_the_weights_of_the_epoch_before(new_line, dat
                 ends.append(copy.deepcopy(self.state_dict()))
             if where == "loss" and self.n == 11:
                 per_cell = per_cell + torch.inf
-            if where != "loss" and self.n == 12:
+            if where != "loss" and self.n == 12:  # The last of epoch 2.
                 # The loss is finite, its gradient is not.
                 per_cell = per_cell + (self.linear.bias - self.linear.bias.detach()).abs().sqrt()
             terms = {"square": per_cell.detach().sum()}
@@ -184,10 +184,24 @@ def test_what_is_not_finite_leaves_the_weights_of_the_epoch_before(new_line, dat
     expected = {
         "loss": r"train_loss is inf \(term 'square'\) in epoch 2, batch 2 of train, for all of its cells \d",
         "gradient of the last step": r"train_loss is nan \(term 'square'\) in epoch 3, batch 0 of train",
+        "the very last step": r"Weights are not finite after the last step, in epoch [23]\.",
     }[where]
     with pytest.raises(TrainingError, match=expected):
-        trainer(max_epochs=6).fit(Plan(line, lr=0.1), datamodule=module)
+        trainer(max_epochs=3 if where == "the very last step" else 6).fit(Plan(line, lr=0.1), datamodule=module)
     assert not line.training
     assert not torch.equal(ends[1]["linear.weight"], ends[2]["linear.weight"])
     for name, tensor in line.state_dict().items():
         assert torch.equal(tensor, ends[2][name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*is deprecated")
+def test_a_loss_that_is_not_finite_before_training_is_an_error_of_training(new_line, data):
+    line = new_line()
+    with torch.no_grad():
+        line.linear.weight.fill_(torch.nan)
+    module = CountsDataModule(sp.csr_matrix(np.ones((200, 2))), data)
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    settings |= {"enable_checkpointing": False, "enable_model_summary": False}
+    for run in (Trainer(**settings, max_epochs=1).fit, Trainer(**settings).validate):
+        with pytest.raises(TrainingError, match="validation_loss is nan in epoch 0"):
+            run(Plan(line), datamodule=module)

@@ -565,10 +565,10 @@ def test_untrained_model_says_so():
 
 
 def test_resume_goes_on_from_a_checkpoint(tmp_path):
-    def train(max_epochs, stop_after=None, **settings):
+    def train(max_epochs, stop_after=None, made_of=None, **settings):
         adata = make()
         AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
-        model = AmbientRegularizedSCVI(adata, **SMALL)
+        model = AmbientRegularizedSCVI(adata, **{**SMALL, **(made_of or {})})
 
         def interrupt(phase, epoch, losses):
             if epoch == stop_after:
@@ -580,6 +580,12 @@ def test_resume_goes_on_from_a_checkpoint(tmp_path):
     whole = train(4)
     with pytest.raises(KeyboardInterrupt):
         train(4, stop_after=1, checkpoint=tmp_path / "run.safetensors")
+    for other, shown in (
+        ({"ambient_rate": 0.3}, r"the module has .*rate=.* there and .*rate=0\.3.* here"),
+        ({"z_sparsity": 2.0}, r"z_sparsity=None there and 2\.0 here"),
+    ):
+        with pytest.raises(StoreError, match=shown):
+            train(4, made_of=other, checkpoint=tmp_path / "run.safetensors", resume=True)
     np.testing.assert_array_equal(train(4, checkpoint=tmp_path / "run.safetensors", resume=True), whole)
 
 

@@ -131,6 +131,7 @@ def test_models_saved_when_named_scaling_went_by_role_stay_as_they_were(tmp_path
     (tmp_path / "model" / "model.json").write_text(json.dumps(stored))
     loaded = RegularizedMultimodalVI.load(tmp_path / "model", data)
     assert loaded.module.config == model.module.config
+    assert loaded.get_setup_arg("feature_scaling_covariate_keys") == ["lane"]
     np.testing.assert_array_equal(loaded.get_latent_representation(), model.get_latent_representation())
 
 

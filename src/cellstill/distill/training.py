@@ -144,7 +144,8 @@ def distill(
             scaling=scaling,
         )
         # The encoder is frozen now: each cell is encoded once, not once per epoch.
-        latent = ranks.from_first(lambda: fitted.encode(cells))
+        with compiled(settings.compile, n_values=float(np.prod(cells.counts.shape))):
+            latent = ranks.from_first(lambda: fitted.encode(cells))
         fitted.student_latent = fitted.to_teacher(latent)
         per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
         loaders = _loaders(cells.counts, per_cell, train, validation, settings)

@@ -29,7 +29,7 @@ _MIN_SHARE = 1 << 18
 """Fewest values for which one more thread is woken."""
 
 _log = logging.getLogger("cellstill")
-_active: ContextVar[CompileMode] = ContextVar("compiled", default=False)
+_active: ContextVar[CompileMode | None] = ContextVar("compiled", default=None)
 _lock = threading.Lock()
 
 
@@ -44,7 +44,8 @@ def compiled(mode: CompileMode = "auto", *, n_values: float = 0.0) -> Iterator[N
     ----------
     mode
         ``True`` compiles, which takes seconds, once on a machine; ``False`` uses torch's operations alone; ``"auto"``
-        compiles from :data:`WORTH_COMPILING` values on, where that is possible. On a GPU torch's operations are used.
+        compiles from :data:`WORTH_COMPILING` values on, where that is possible, and inside another such block leaves
+        the choice to that. On a GPU torch's operations are used.
     n_values
         Cells x genes x epochs that will pass.
 
@@ -54,7 +55,11 @@ def compiled(mode: CompileMode = "auto", *, n_values: float = 0.0) -> Iterator[N
         Another mode; or ``True``, and nothing can be compiled here, which is said when loops are first needed.
     """
     check_compile(mode)
-    token = _active.set(mode if mode != "auto" or n_values >= WORTH_COMPILING else False)
+    chosen: CompileMode | None = mode
+    if mode == "auto":
+        around = _active.get()
+        chosen = around if around is not None else "auto" if n_values >= WORTH_COMPILING else False
+    token = _active.set(chosen)
     try:
         yield
     finally:
@@ -96,7 +101,7 @@ def kernels(device: torch.device) -> Loops | None:
         return None
     raise InvalidArgumentError(
         f"compile=True, but loops cannot be compiled here: {found}. Set NUMBA_CACHE_DIR to a folder that can be "
-        "written, if that is why, or use compile='auto' or False, which take torch's operations."
+        "written before Python starts, if that is why, or use compile='auto' or False, which take torch's operations."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from cellstill.errors import StoreError
 from cellstill.train.state import State, changing
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PARTS = ("weights", "moments", "rng", "best")
@@ -201,7 +201,7 @@ def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: M
             for name in names
             if there["trained"].get(name) != here["trained"].get(name)
         ]
-        known, settings = there.get("config", {}), here["config"]
+        known, settings = there["config"], here["config"]
         different += [
             f"{name}={known.get(name)} there and {value} here"
             for name, value in settings.items()

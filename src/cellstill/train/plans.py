@@ -154,7 +154,7 @@ class Plan(LightningModule):
         self.kl_warmup = kl_warmup
         self.sums = LossSums()
         self._good: dict[str, torch.Tensor] = {}
-        self.n_warmup = 0
+        self.n_warmup = self._first_counted = 0
         self.n_obs = n_obs
         arguments = inspect.signature(module.loss).parameters
         self._takes_kl_weight, self._takes_n_obs = "kl_weight" in arguments, "n_obs" in arguments
@@ -206,14 +206,32 @@ class Plan(LightningModule):
         self.n_obs = getattr(self.trainer.datamodule, "n_train", self.n_obs)
         self.plan_steps(max(int(self.trainer.estimated_stepping_batches) // steps, 1), steps)
         # Early stopping waits for the warm-up, and for an epoch at full weight after it.
+        self._first_counted = self.n_warmup + steps if self.n_warmup else 0
         loop = self.trainer.fit_loop.epoch_loop
-        loop.min_steps = max(loop.min_steps or 0, self.n_warmup + steps if self.n_warmup else 0)
+        loop.min_steps = max(loop.min_steps or 0, self._first_counted)
+
+    def on_fit_start(self) -> None:
+        """Keep the weights that training starts with."""
+        self._good = copy_weights(self.module)
 
     def on_train_epoch_start(self) -> None:
         """Keep the weights: those of the last epoch whose losses were finite."""
-        # A last step may have spoilt them without any loss that shows it.
-        if all(bool(tensor.isfinite().all()) for _, tensor in changing(self.module) if tensor.is_floating_point()):
+        if self._is_finite():
             self._good = copy_weights(self.module, self._good)
+        if self.global_step < self._first_counted:
+            # Losses of the warm-up cannot be compared with later ones.
+            self.trainer.should_stop = False
+            for callback in self.trainer.early_stopping_callbacks:
+                callback.wait_count = 0
+                callback.best_score = callback.best_score.new_tensor(math.inf if callback.mode == "min" else -math.inf)
+
+    def on_train_end(self) -> None:
+        """Look at the weights, which a last step may have spoilt without any loss that shows it."""
+        if not self._is_finite():
+            self._stop(f"Weights are not finite after the last step, in epoch {self.current_epoch}.")
+
+    def _is_finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for _, tensor in changing(self.module) if tensor.is_floating_point())
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Return the mean loss of a minibatch."""
@@ -261,7 +279,8 @@ class Plan(LightningModule):
 
     def _stop(self, what: str) -> NoReturn:
         """Give the module its last good weights back, and raise."""
-        put_weights(self.module, self._good)
+        if self._good:
+            put_weights(self.module, self._good)
         self.module.eval()
         raise TrainingError(
             f"{what} The module has the weights of the last epoch whose losses were finite, or those it started with. "

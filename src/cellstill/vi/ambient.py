@@ -89,6 +89,10 @@ class ProfileBackground(nn.Module):
         rows = np.concatenate([first, np.array(new, dtype=np.int64).reshape(-1, len(self.columns))])
         self._set_combinations(torch.from_numpy(rows))
 
+    def extra_repr(self) -> str:
+        """The rates, which no part of it shows."""
+        return "rate=" + ", ".join(f"{rate:.6g}" for rate in self.rate.tolist())
+
     def forward(self, codes: Codes) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log background by group and feature, and the group of each cell."""
         if not self.columns:

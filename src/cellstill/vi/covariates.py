@@ -253,6 +253,10 @@ class CovariateKeys:
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
         }
+        if "scaling_named" not in plain:
+            # Of models that were saved before it was kept.
+            scaling, conditioning = plain.get("feature_scaling", ()), plain.get("conditioning", ())
+            plain["scaling_named"] = bool(scaling) and scaling != conditioning
         return cls(**plain)
 
     def _say_what_has_one_group(self) -> None:
