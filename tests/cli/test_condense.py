@@ -382,6 +382,24 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_an_evaluation_does_not_go_on_with_other_test_cells(cellstill, cells, write, here, monkeypatch):
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--evaluate", "--seeds", "1"]
+    args += ["--evaluator", "knn", "--baseline", "random", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
+        assert cellstill(*args).exit_code == 143
+    _, test = _condensed_evaluation.hold_out(cells, ["cell_type"], None, 0.2, 0)
+    order = np.arange(cells.n_obs)
+    order[test] = np.roll(test, 1)
+    cells.X = cells.X[order]
+    write(cells)
+    other = cellstill(*args, "--resume")
+    assert other.exit_code == 1
+    assert "belongs to another run: " in other.stderr
+    assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monkeypatch):
     args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--out", "out"]
     with monkeypatch.context() as patch:

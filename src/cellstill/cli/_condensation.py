@@ -107,11 +107,12 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
         )
     problem = model.problem
     make, evaluation = maker(model, settings), None
-    kept = Kept.of_run(checkpoint, settings, problem)
+    judged = with_test_cells(model, adata, rest, test, layer, settings) if settings.evaluate else problem
+    kept = Kept.of_run(checkpoint, settings, judged)
     if settings.evaluate:
         with term.stage("evaluate", "Condensing and judging") as say:
             evaluation, condensed = judging.evaluate_condensed(
-                with_test_cells(model, adata, rest, test, layer, settings),
+                judged,
                 lambda seed: make(seed, lambda words: say(f"scdd, seed {seed}, {words}")),
                 samples_per_class=settings.samples_per_class,
                 baselines=settings.baselines,
