@@ -360,8 +360,8 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
 
     other = cellstill(*args, *baselines, "--out", "out", "--resume", "--matching-steps", "5")
     assert other.exit_code == 1
-    assert "belongs to another run: matching_steps=0 there and 5 here" in other.stderr
-    assert "start afresh with --overwrite" in other.stderr
+    assert "belongs to another run: --matching-steps 0 there and --matching-steps 5 here." in other.stderr
+    assert "start afresh: --overwrite without --resume" in other.stderr
 
     with monkeypatch.context() as patch:
         patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
@@ -395,7 +395,7 @@ def test_an_evaluation_does_not_go_on_with_other_test_cells(cellstill, cells, wr
     write(cells)
     other = cellstill(*args, "--resume")
     assert other.exit_code == 1
-    assert "belongs to another run: " in other.stderr
+    assert "belongs to another run: other cells, labels or counts." in other.stderr
     assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
 
 
@@ -406,6 +406,18 @@ def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monke
         patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
         assert cellstill(*args).exit_code == 143
     made = ad.read_h5ad(here / ".out.checkpoint" / "condensed.h5ad")
+    genes, labels = cells.copy(), cells.copy()
+    genes.var_names = [f"renamed_{name}" for name in cells.var_names]
+    labels.obs["cell_type"] = cells.obs["cell_type"].cat.rename_categories({"type_1": "type_1b"})
+    for other, words in (
+        (genes, "other genes, or other names of genes"),
+        (labels, "a category of 'cell_type' is 'type_1' there and 'type_1b' here"),
+    ):
+        write(other)
+        refused = cellstill(*args, "--resume")
+        assert refused.exit_code == 1
+        assert f"belongs to another run: {words}." in refused.stderr
+    write(cells)
     monkeypatch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
     resumed = cellstill(*args, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
