@@ -375,10 +375,9 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
         pd.read_csv(here / name / "evaluation.csv").drop(columns=["seconds", "added_mb"]) for name in ("out", "whole")
     )
     pd.testing.assert_frame_equal(one, two)
-    assert (
-        summary_of(here / "out")["evaluation"]["differences"]
-        == (summary_of(here / "whole")["evaluation"]["differences"])
-    )
+    out, whole = summary_of(here / "out"), summary_of(here / "whole")
+    assert out["evaluation"]["differences"] == whole["evaluation"]["differences"]
+    assert out["warnings"] == whole["warnings"]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -401,10 +400,11 @@ def test_an_evaluation_does_not_go_on_with_other_test_cells(cellstill, cells, wr
 
 @pytest.mark.usefixtures("no_figures")
 def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monkeypatch):
-    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--out", "out"]
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "300", *QUICK, "--out", "out"]
     with monkeypatch.context() as patch:
         patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
-        assert cellstill(*args).exit_code == 143
+        stopped = cellstill(*args)
+    assert stopped.exit_code == 143
     made = ad.read_h5ad(here / ".out.checkpoint" / "condensed.h5ad")
     genes, labels = cells.copy(), cells.copy()
     genes.var_names = [f"renamed_{name}" for name in cells.var_names]
@@ -430,6 +430,29 @@ def test_overwriting_starts_afresh(cellstill, cells, write, here):
     (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
     args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
     assert "is not a checkpoint, or damaged" in cellstill(*args, "--resume").stderr
+    (warning,) = summary_of(here / "out")["warnings"]
+    assert "3 of 3 classes have fewer than --spc 300 cells" in warning
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("warning: ")] == [f"warning: {warning}"]
+
+
+def test_differences_of_runs_are_said_in_options(cells, here):
+    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+    settings = CondensationSettings(path=here / "a b.h5ad", label_keys=("cell_type",))
+    first = describe(settings, problem)
+    assert differences(json.loads(json.dumps(first)), first) == []
+    assert differences(first, describe(replace(settings, baselines=("kip",), n_seeds=9), problem)) == []
+    for changes, words in (
+        ({"label_keys": ("a", "b")}, "--label-key cell_type there and --label-key a --label-key b here"),
+        ({"n_top_genes": None}, "--n-top-genes 2000 there and --n-top-genes 0 here"),
+        ({"matching_steps": 0}, "--matching-steps 200 there and --matching-steps 0 here"),
+        ({"samples_per_class": 3}, "--spc 10 there and --spc 3 here"),
+        ({"layer": "raw"}, "no --layer there and --layer raw here"),
+        ({"evaluate": True}, "no --evaluate there and --evaluate here"),
+        ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
+        ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
+    ):
+        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
+    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
     assert cellstill(*args, "--overwrite").exit_code == 0
     assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
