@@ -23,6 +23,8 @@ from sklearn.metrics import f1_score
 
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
+from cellstill.cli._condensed_model import CondensationSettings
+from cellstill.cli._condensed_run import describe, differences
 from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
 from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
@@ -327,7 +329,9 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
     other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
     assert other.exit_code == 1
-    assert "belongs to another run" in other.stderr
+    assert "belongs to another run: its training data, or the batch size or seed" in other.stderr
+    assert "start afresh: --overwrite without --resume" in other.stderr
+    assert "goes on from there" not in other.stderr
     assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
     assert not (here / "out").exists()
 
@@ -365,6 +369,7 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
+    assert "goes on from there" not in other.stderr
         patch.setattr(_condensed_evaluation, "train_full", lambda *args: pytest.fail("trained on all cells again"))
         resumed = cellstill(*args, *baselines, "--out", "out", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
@@ -448,6 +453,14 @@ def test_differences_of_runs_are_said_in_options(cells, here):
         ({"samples_per_class": 3}, "--spc 10 there and --spc 3 here"),
         ({"layer": "raw"}, "no --layer there and --layer raw here"),
         ({"evaluate": True}, "no --evaluate there and --evaluate here"),
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_overwriting_starts_afresh(cellstill, cells, write, here):
+    (here / ".out.checkpoint").mkdir()
+    (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert "is not a checkpoint, or damaged" in cellstill(*args, "--resume").stderr
         ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
         ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
     ):

@@ -14,7 +14,7 @@ from cellstill.cli._condensed_model import CondensationSettings
 from cellstill.cli._condensed_run import describe, differences
 from cellstill.condense import CondensationProblem
 from cellstill.condense.evaluated import Condensed
-from cellstill.errors import StoreError
+from cellstill.errors import OtherRunError, StoreError
 from cellstill.io.files import atomic_file
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ class Kept:
 
         Raises
         ------
-        StoreError
+        OtherRunError
             The folder holds results of other settings, cells, names or version; the message says what differs.
         """
         run = describe(settings, problem)
         kept = cls(folder)
         if different := differences(kept._record("run", lambda: run), run):
-            raise StoreError(
+            raise OtherRunError(
                 f"{folder} belongs to another run: {', '.join(different)}. Resume with what it was started with, or "
                 "start afresh: --overwrite without --resume."
             )
