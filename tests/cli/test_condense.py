@@ -204,12 +204,15 @@ def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill,
     monkeypatch.setattr(latent_baselines, "N_STEPS", 3)
     monkeypatch.setattr("cellstill.condense.shared.fit_space", lambda *args, **kwargs: pytest.fail("a second space"))
     monkeypatch.setitem(BASELINES, "kept", Baseline("kept", keep, "", ""))
-    names = ("kmeans_latent", "generator", "text_distill", "kept")
+    names = ("kmeans_latent", "kmeans_latent_medoids", "generator", "feat_distill", "text_distill", "kept")
     baselines = [word for name in names for word in ("--baseline", name)]
     args = ["--label-key", "cell_type", "--obsm-key", "X_known", "--seeds", "2", "--evaluator", "knn", "--spc", "2"]
     result = cellstill("condense", write(cells), "--evaluate", *args, *baselines, *QUICK, "--out", "out")
     assert result.exit_code == 0, result.stderr
-    assert set(pd.read_csv(here / "out" / "evaluation.csv")["method"]) == {"scdd", *names}
+    scores = pd.read_csv(here / "out" / "evaluation.csv").set_index("method")
+    assert set(scores.index) == {"scdd", *names}
+    # Features of four dimensions in float32.
+    assert (scores.loc["feat_distill", "bytes"] == scores.loc["feat_distill", "n_cells"] * 4 * 4).all()
     first, second = used
     assert first is second
     stored = SCDD.load(here / "out" / "model").space
@@ -366,10 +369,10 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
     assert other.exit_code == 1
     assert "belongs to another run: --matching-steps 0 there and --matching-steps 5 here." in other.stderr
     assert "start afresh: --overwrite without --resume" in other.stderr
+    assert "goes on from there" not in other.stderr
 
     with monkeypatch.context() as patch:
         patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
-    assert "goes on from there" not in other.stderr
         patch.setattr(_condensed_evaluation, "train_full", lambda *args: pytest.fail("trained on all cells again"))
         resumed = cellstill(*args, *baselines, "--out", "out", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
@@ -427,14 +430,6 @@ def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monke
     resumed = cellstill(*args, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert (ad.read_h5ad(here / "out" / "condensed.h5ad").X != made.X).nnz == 0
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_overwriting_starts_afresh(cellstill, cells, write, here):
-    (here / ".out.checkpoint").mkdir()
-    (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
-    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
-    assert "is not a checkpoint, or damaged" in cellstill(*args, "--resume").stderr
     (warning,) = summary_of(here / "out")["warnings"]
     assert "3 of 3 classes have fewer than --spc 300 cells" in warning
     assert [line for line in stopped.stderr.splitlines() if line.startswith("warning: ")] == [f"warning: {warning}"]
@@ -453,6 +448,11 @@ def test_differences_of_runs_are_said_in_options(cells, here):
         ({"samples_per_class": 3}, "--spc 10 there and --spc 3 here"),
         ({"layer": "raw"}, "no --layer there and --layer raw here"),
         ({"evaluate": True}, "no --evaluate there and --evaluate here"),
+        ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
+        ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
+    ):
+        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
+    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -461,11 +461,6 @@ def test_overwriting_starts_afresh(cellstill, cells, write, here):
     (here / ".out.checkpoint" / "latent.ckpt").write_text("damaged")
     args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
     assert "is not a checkpoint, or damaged" in cellstill(*args, "--resume").stderr
-        ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
-        ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
-    ):
-        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
-    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
     assert cellstill(*args, "--overwrite").exit_code == 0
     assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
