@@ -42,6 +42,10 @@ class StoreError(CellstillError, OSError):
     """A file or folder cannot be written, or does not hold what it should."""
 
 
+class OtherRunError(StoreError):
+    """A checkpoint, or results kept beside it, belong to a run of other data or settings."""
+
+
 class OptionalDependencyError(CellstillError, ImportError):
     """A feature needs a package of one of the optional extras."""
 

@@ -23,6 +23,8 @@ from sklearn.metrics import f1_score
 
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
+from cellstill.cli._condensed_model import CondensationSettings
+from cellstill.cli._condensed_run import describe, differences
 from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
 from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
@@ -202,12 +204,15 @@ def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill,
     monkeypatch.setattr(latent_baselines, "N_STEPS", 3)
     monkeypatch.setattr("cellstill.condense.shared.fit_space", lambda *args, **kwargs: pytest.fail("a second space"))
     monkeypatch.setitem(BASELINES, "kept", Baseline("kept", keep, "", ""))
-    names = ("kmeans_latent", "generator", "text_distill", "kept")
+    names = ("kmeans_latent", "kmeans_latent_medoids", "generator", "feat_distill", "text_distill", "kept")
     baselines = [word for name in names for word in ("--baseline", name)]
     args = ["--label-key", "cell_type", "--obsm-key", "X_known", "--seeds", "2", "--evaluator", "knn", "--spc", "2"]
     result = cellstill("condense", write(cells), "--evaluate", *args, *baselines, *QUICK, "--out", "out")
     assert result.exit_code == 0, result.stderr
-    assert set(pd.read_csv(here / "out" / "evaluation.csv")["method"]) == {"scdd", *names}
+    scores = pd.read_csv(here / "out" / "evaluation.csv").set_index("method")
+    assert set(scores.index) == {"scdd", *names}
+    # Features of four dimensions in float32.
+    assert (scores.loc["feat_distill", "bytes"] == scores.loc["feat_distill", "n_cells"] * 4 * 4).all()
     first, second = used
     assert first is second
     stored = SCDD.load(here / "out" / "model").space
@@ -327,7 +332,9 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
     other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
     assert other.exit_code == 1
-    assert "belongs to another run" in other.stderr
+    assert "belongs to another run: its training data, or the batch size or seed" in other.stderr
+    assert "start afresh: --overwrite without --resume" in other.stderr
+    assert "goes on from there" not in other.stderr
     assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
     assert not (here / "out").exists()
 
@@ -360,8 +367,9 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
 
     other = cellstill(*args, *baselines, "--out", "out", "--resume", "--matching-steps", "5")
     assert other.exit_code == 1
-    assert "belongs to another run: matching_steps=0 there and 5 here" in other.stderr
-    assert "start afresh with --overwrite" in other.stderr
+    assert "belongs to another run: --matching-steps 0 there and --matching-steps 5 here." in other.stderr
+    assert "start afresh: --overwrite without --resume" in other.stderr
+    assert "goes on from there" not in other.stderr
 
     with monkeypatch.context() as patch:
         patch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
@@ -375,23 +383,76 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
         pd.read_csv(here / name / "evaluation.csv").drop(columns=["seconds", "added_mb"]) for name in ("out", "whole")
     )
     pd.testing.assert_frame_equal(one, two)
-    assert (
-        summary_of(here / "out")["evaluation"]["differences"]
-        == (summary_of(here / "whole")["evaluation"]["differences"])
-    )
+    out, whole = summary_of(here / "out"), summary_of(here / "whole")
+    assert out["evaluation"]["differences"] == whole["evaluation"]["differences"]
+    assert out["warnings"] == whole["warnings"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_evaluation_does_not_go_on_with_other_test_cells(cellstill, cells, write, here, monkeypatch):
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--evaluate", "--seeds", "1"]
+    args += ["--evaluator", "knn", "--baseline", "random", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
+        assert cellstill(*args).exit_code == 143
+    _, test = _condensed_evaluation.hold_out(cells, ["cell_type"], None, 0.2, 0)
+    order = np.arange(cells.n_obs)
+    order[test] = np.roll(test, 1)
+    cells.X = cells.X[order]
+    write(cells)
+    other = cellstill(*args, "--resume")
+    assert other.exit_code == 1
+    assert "belongs to another run: other cells, labels or counts." in other.stderr
+    assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monkeypatch):
-    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "2", *QUICK, "--out", "out"]
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "300", *QUICK, "--out", "out"]
     with monkeypatch.context() as patch:
         patch.setattr(_condensation, "_validation", lambda *args: sys.exit(143))
-        assert cellstill(*args).exit_code == 143
+        stopped = cellstill(*args)
+    assert stopped.exit_code == 143
     made = ad.read_h5ad(here / ".out.checkpoint" / "condensed.h5ad")
+    genes, labels = cells.copy(), cells.copy()
+    genes.var_names = [f"renamed_{name}" for name in cells.var_names]
+    labels.obs["cell_type"] = cells.obs["cell_type"].cat.rename_categories({"type_1": "type_1b"})
+    for other, words in (
+        (genes, "other genes, or other names of genes"),
+        (labels, "a category of 'cell_type' is 'type_1' there and 'type_1b' here"),
+    ):
+        write(other)
+        refused = cellstill(*args, "--resume")
+        assert refused.exit_code == 1
+        assert f"belongs to another run: {words}." in refused.stderr
+    write(cells)
     monkeypatch.setattr(SCDD, "condense", lambda *args, **kwargs: pytest.fail("condensed again"))
     resumed = cellstill(*args, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert (ad.read_h5ad(here / "out" / "condensed.h5ad").X != made.X).nnz == 0
+    (warning,) = summary_of(here / "out")["warnings"]
+    assert "3 of 3 classes have fewer than --spc 300 cells" in warning
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("warning: ")] == [f"warning: {warning}"]
+
+
+def test_differences_of_runs_are_said_in_options(cells, here):
+    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+    settings = CondensationSettings(path=here / "a b.h5ad", label_keys=("cell_type",))
+    first = describe(settings, problem)
+    assert differences(json.loads(json.dumps(first)), first) == []
+    assert differences(first, describe(replace(settings, baselines=("kip",), n_seeds=9), problem)) == []
+    for changes, words in (
+        ({"label_keys": ("a", "b")}, "--label-key cell_type there and --label-key a --label-key b here"),
+        ({"n_top_genes": None}, "--n-top-genes 2000 there and --n-top-genes 0 here"),
+        ({"matching_steps": 0}, "--matching-steps 200 there and --matching-steps 0 here"),
+        ({"samples_per_class": 3}, "--spc 10 there and --spc 3 here"),
+        ({"layer": "raw"}, "no --layer there and --layer raw here"),
+        ({"evaluate": True}, "no --evaluate there and --evaluate here"),
+        ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
+        ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
+    ):
+        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
+    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
 
 
 @pytest.mark.usefixtures("no_figures")

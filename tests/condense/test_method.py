@@ -127,8 +127,7 @@ def test_features_keep_the_budget_and_are_what_text_distill_decodes(trained, sam
 
 def test_other_features_with_another_seed(trained, monkeypatch):
     monkeypatch.setattr(latent_module, "N_STEPS", 8)
-    problem, space = trained
-    shared._spaces[problem][1, LatentConfig(), GeneratorConfig()] = space
+    problem, _ = trained
     assert not np.array_equal(feat_distill(problem, 2, 0).values, feat_distill(problem, 2, 1).values)
 
 

@@ -285,7 +285,7 @@ def test_random_numbers_are_drawn_apart_and_then_together(ends):
     ("run", "error"),
     [
         (runs.not_resumed, "StoreError: .*stopped exists"),
-        (runs.other_settings, "StoreError: .*lr=0.02 there and 0.5 here"),
+        (runs.other_settings, "OtherRunError: .*lr=0.02 there and 0.5 here"),
         (runs.other_data, "InvalidArgumentError: Rank 1 and rank 0 differ in data"),
         (runs.other_number, r"InvalidArgumentError: devices=3 on 1 machine\(s\), and 2 processes were started"),
     ],

@@ -84,6 +84,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
             from cellstill.cli import _condensed_evaluation as judging
             from cellstill.cli import _condensed_likeness as likeness
             from cellstill.cli._condensed_kept import Kept
+            from cellstill.condense.capped import warn_about_capped_classes
         with term.stage("read", f"Reading {settings.path.name}: {stored.shape[0]:,} cells x {stored.shape[1]:,} genes"):
             adata, layer = read_counts(stored, settings.layer, [settings.obsm_key] if settings.obsm_key else [])
             adata = only_needed(adata, layer, settings)
@@ -106,12 +107,15 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
             resume=True,
         )
     problem = model.problem
+    # Condensing says so too, but is not done again when a run goes on.
+    warn_about_capped_classes(problem, settings.samples_per_class)
     make, evaluation = maker(model, settings), None
-    kept = Kept.of_run(checkpoint, settings, problem)
+    judged = with_test_cells(model, adata, rest, test, layer, settings) if settings.evaluate else problem
+    kept = Kept.of_run(checkpoint, settings, judged)
     if settings.evaluate:
         with term.stage("evaluate", "Condensing and judging") as say:
             evaluation, condensed = judging.evaluate_condensed(
-                with_test_cells(model, adata, rest, test, layer, settings),
+                judged,
                 lambda seed: make(seed, lambda words: say(f"scdd, seed {seed}, {words}")),
                 samples_per_class=settings.samples_per_class,
                 baselines=settings.baselines,

@@ -124,14 +124,13 @@ def evaluate_condensed(
     """
 
     def ours(_: CondensationProblem, size: int, seed: int) -> LabelledCells:
-        cells = make(seed)
-        if seed == seeds[0]:
-            kept.keep_cells(cells)
-        return cells_of(cells, problem)
+        made[seed] = make(seed)
+        return cells_of(made[seed], problem)
 
     def trained_on_all(seed: int) -> Mapping[tuple[str, int, str], np.ndarray]:
         return train_full(problem, judges, [seed]).predictions
 
+    made: dict[int, AnnData] = {}
     judges = get_evaluators(list(evaluators) or None)
     names = tuple(judge.name for judge in judges)
     predictions: dict[tuple[str, int, str], np.ndarray] = {}
@@ -143,7 +142,11 @@ def evaluate_condensed(
     def judge(name: str, method: Method, seed: int) -> Condensed:
         say(f"{name}, seed {seed}")
         how: dict[str, Any] = {"samples_per_class": [samples_per_class], "seeds": [seed], "evaluators": names}
-        return evaluate(problem, {name: method}, **how, full=full, progress=False).condensed[0]
+        found = evaluate(problem, {name: method}, **how, full=full, progress=False).condensed[0]
+        # Not in the method, whose time and memory are measured.
+        if (cells := made.pop(seed, None)) is not None and seed == seeds[0]:
+            kept.keep_cells(cells)
+        return found
 
     methods = {OURS: ours, **{name: BASELINES[name].condense for name in baselines}}
     runs = [(name, method, seed) for name, method in methods.items() for seed in seeds]

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import cellstill
 from cellstill.cli._condensed_model import CondensationSettings
+from cellstill.cli._condensed_run import describe, differences
 from cellstill.condense import CondensationProblem
 from cellstill.condense.evaluated import Condensed
-from cellstill.errors import StoreError
+from cellstill.errors import OtherRunError, StoreError
 from cellstill.io.files import atomic_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-_FREE = ("baselines", "n_seeds")
-"""Settings that may differ when a run goes on: results are kept by method and seed."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +39,15 @@ class Kept:
 
         Raises
         ------
-        StoreError
-            The folder holds results of other settings, cells or version; the message says what differs.
+        OtherRunError
+            The folder holds results of other settings, cells, names or version; the message says what differs.
         """
-        plain = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
-        run = json.loads(json.dumps(plain | {"cells": problem.fingerprint(), "cellstill": cellstill.__version__}))
+        run = describe(settings, problem)
         kept = cls(folder)
-        found = kept._record("run", lambda: run)
-        different = [
-            f"{name}={found.get(name)!r} there and {value!r} here"
-            for name, value in run.items()
-            if found.get(name) != value
-        ]
-        if different:
-            raise StoreError(
+        if different := differences(kept._record("run", lambda: run), run):
+            raise OtherRunError(
                 f"{folder} belongs to another run: {', '.join(different)}. Resume with what it was started with, or "
-                "start afresh with --overwrite."
+                "start afresh: --overwrite without --resume."
             )
         return kept
 

@@ -62,6 +62,7 @@ _PHRASES = {
     "overwrite=True (--overwrite)": "--overwrite",
     "if you know it: ambient_rate=.": "if you know it: --ambient-rate RATE.",
     "or None for all genes": "or 0 for all genes",
+    "or give another path for a new run.": "or start afresh: --overwrite without --resume.",
     "choose it with layer=None": "leave --layer out",
     "Name those, as tuples, or": "Name those, as category,category=RATE, or",
     "Raise max_iter of HarmonyTeacher to go on": "To go on, raise it: --teacher-setting max_iter=30",

@@ -200,6 +200,7 @@ def condense(
     with terminal(verbose=verbose) as term:
         from cellstill.cli._condensation import RESULTS, condense_file
         from cellstill.cli._condensed_model import DEFAULT_BASELINES, CondensationSettings
+        from cellstill.errors import OtherRunError
         from cellstill.io.store import atomic_directory
 
         settings = CondensationSettings(
@@ -232,6 +233,8 @@ def condense(
         try:
             with atomic_directory(folder, overwrite=overwrite, ours=RESULTS) as partial:
                 result = condense_file(settings, partial, checkpoint, term)
+        except OtherRunError:
+            raise
         except BaseException:
             if _holds_a_run(checkpoint):
                 words = f"what is done is kept in {checkpoint}; the same command with --resume goes on from there."

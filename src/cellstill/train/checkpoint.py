@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cellstill.errors import StoreError
+from cellstill.errors import OtherRunError, StoreError
 from cellstill.train.state import State, changing
 
 CHECKPOINT_VERSION = 2
@@ -99,8 +99,10 @@ def read_checkpoint(path: str | os.PathLike[str], run: Mapping[str, Any]) -> Pro
 
     Raises
     ------
+    OtherRunError
+        The file belongs to another run; the message says in what they differ.
     StoreError
-        The file is damaged, of another cellstill, or belongs to another run; the message says in what they differ.
+        It is damaged, or of another cellstill.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -192,7 +194,7 @@ def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: M
             for name, value in wanted["settings"].items()
             if found["settings"].get(name) != value
         ]
-        raise StoreError(f"{refuse}{', '.join(different)}. {remedy}")
+        raise OtherRunError(f"{refuse}{', '.join(different)}. {remedy}")
     there, here = found["architecture"], wanted["architecture"]
     if there != here:
         names = [*here["trained"], *(name for name in there["trained"] if name not in here["trained"])]
@@ -210,10 +212,10 @@ def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: M
         for line, other in zip(there["repr"].splitlines(), here["repr"].splitlines(), strict=False):
             if line != other:
                 different.append(f"the module has {line.strip()} there and {other.strip()} here")
-        raise StoreError(f"{refuse}{'; '.join(different[:3]) or 'frozen parameters have other values'}. {remedy}")
+        raise OtherRunError(f"{refuse}{'; '.join(different[:3]) or 'frozen parameters have other values'}. {remedy}")
     for role in {**wanted["data"], **found["data"]}:
         if found["data"].get(role) != wanted["data"].get(role):
-            raise StoreError(
+            raise OtherRunError(
                 f"{refuse}its {role} data, or the batch size or seed with which they are read, are others. {remedy}"
             )
 
