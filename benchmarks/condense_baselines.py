@@ -131,6 +131,11 @@ class Options:
         """Methods that are not ours."""
         return [name for name in self.methods if name not in (OURS, START)]
 
+    @property
+    def of_cells(self) -> list[str]:
+        """Those that make cells."""
+        return [name for name in self.baselines if name not in POINTS]
+
 
 @cache
 def store_of(name: str, options: Options) -> Store:
@@ -217,7 +222,7 @@ def check_retention(scores: Scores, options: Options) -> list[Check]:
             checks.append(
                 Check(f"retention, {size} per class", scores.mean(OURS, size, "retention"), ">=", RETAINED[size], note)
             )
-        best = closest(scores, OURS, [name for name in options.baselines if name not in POINTS], size)
+        best = closest(scores, OURS, options.of_cells, size)
         if best is not None:
             name, ahead = best
             checks.append(
@@ -250,7 +255,7 @@ def check_retention(scores: Scores, options: Options) -> list[Check]:
 def _rare(scores: Scores, options: Options, size: int) -> Check:
     """Recall of rare classes less that of the baseline which has most, over the runs that both have."""
     what = f"recall of the rarest quarter, ahead of the best baseline's, {size} per class"
-    best = closest(scores, OURS, options.baselines, size, score="rare_recall")
+    best = closest(scores, OURS, options.of_cells, size, score="rare_recall")
     if best is None:
         return Check(what, None, ">=", 0.0)
     name, ahead = best
