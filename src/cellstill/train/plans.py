@@ -205,10 +205,8 @@ class Plan(LightningModule):
         steps = max(int(self.trainer.num_training_batches), 1)
         self.n_obs = getattr(self.trainer.datamodule, "n_train", self.n_obs)
         self.plan_steps(max(int(self.trainer.estimated_stepping_batches) // steps, 1), steps)
-        # Early stopping waits for the warm-up, and for an epoch at full weight after it.
+        # The first epoch at full weight is the first that early stopping compares.
         self._first_counted = self.n_warmup + steps if self.n_warmup else 0
-        loop = self.trainer.fit_loop.epoch_loop
-        loop.min_steps = max(loop.min_steps or 0, self._first_counted)
 
     def on_fit_start(self) -> None:
         """Keep the weights that training starts with."""
@@ -220,9 +218,7 @@ class Plan(LightningModule):
             self._good = copy_weights(self.module, self._good)
         if self.global_step < self._first_counted:
             # Losses of the warm-up cannot be compared with later ones.
-            self.trainer.should_stop = False
             for callback in self.trainer.early_stopping_callbacks:
-                callback.wait_count = 0
                 callback.best_score = callback.best_score.new_tensor(math.inf if callback.mode == "min" else -math.inf)
 
     def on_train_end(self) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cellstill.condense.baselines.base import baseline, chosen_cells, principal_components
+from cellstill.condense.baselines.base import BASELINES, baseline, chosen_cells, principal_components
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.problem import CondensationProblem
-from cellstill.errors import optional_dependency
 
 _EXTRA = "condense"
 _POWER = 4
@@ -27,10 +26,9 @@ _POWER = 4
 )
 def geosketch(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
     """Geometric sketch of each class in PCA space."""
-    try:
-        from geosketch import gs
-    except ImportError as error:
-        raise optional_dependency("geosketch", _EXTRA, "The baseline 'geosketch'") from error
+    BASELINES["geosketch"].check_installed()
+    from geosketch import gs
+
     scores = principal_components(problem)[0]
 
     def choose(cells: np.ndarray, n: int, code: int) -> np.ndarray:
@@ -82,12 +80,10 @@ def scvalue(problem: CondensationProblem, samples_per_class: int, seed: int = 0)
     As the package's full binning does, cells of a class are drawn from bins of values in proportion to the size of the
     bin, the most valuable of each bin.
     """
-    try:
-        from scvalue import SCValue
-    except ImportError as error:
-        raise optional_dependency("scvalue", _EXTRA, "The baseline 'scvalue'") from error
+    BASELINES["scvalue"].check_installed()
     import pandas as pd
     from anndata import AnnData
+    from scvalue import SCValue
 
     names = np.arange(len(problem.train)).astype(str)
     obs = pd.DataFrame({"cell_type": problem.train.codes.astype(str)}, index=names)
