@@ -15,13 +15,13 @@ import scipy.sparse as sp
 
 from cellstill.condense.baselines import BASELINES
 from cellstill.condense.cells import LabelledCells
-from cellstill.condense.evaluate import evaluate, train_full
+from cellstill.condense.evaluate import Method, evaluate, train_full
 from cellstill.condense.evaluated import Condensed, Evaluation, FullData
 from cellstill.condense.evaluators import get_evaluators
 from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
-from cellstill.condense.method import TRAINED_WITH, Variant
+from cellstill.condense.method import TRAINED_WITH, Variant, scdd_features
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.shared import share_space, shared_space
 from cellstill.condense.solver import Condensed as Made
@@ -29,7 +29,7 @@ from cellstill.condense.space import Space, fit_space
 from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.io.store import load_store, save_store
 
-OURS, START = "scdd", "scdd_start"
+OURS, START, OUR_POINTS = "scdd", "scdd_start", "scdd_features"
 VARIANTS = {OURS: Variant(), START: Variant().unmatched()}
 """Ours, and ours with codes that stay where they start."""
 LATENT = ("kmeans_latent", "kmeans_latent_medoids", "generator", "text_distill", "feat_distill")
@@ -72,13 +72,16 @@ class Store:
         path = self._path(method, samples_per_class, seed)
         if self._read(path) is not None:
             return False
-        if method in VARIANTS or method in LATENT:
+        if method in VARIANTS or method in LATENT or method == OUR_POINTS:
             self.need_space(seed)
         kept: dict[str, Any] = {}
         start = time.process_time()
         ours = prepare(self, seed) if prepare else VARIANTS[method].condense if method in VARIANTS else None
         kept["training_cpu_seconds"] = time.process_time() - start
-        condense = BASELINES[method].condense if ours is None else self._ours(ours, kept, path)
+        if ours is not None:
+            condense: Method = self._ours(ours, kept, path)
+        else:
+            condense = scdd_features if method == OUR_POINTS else BASELINES[method].condense
         found = evaluate(
             self.problem,
             {method: condense},
@@ -117,9 +120,10 @@ class Store:
                     numbers = [record[key] for key in ("n_cells", "seconds", "added_mb", "n_bytes")]
                     found.append(Condensed(method, size, seed, *numbers, predictions))
         trained_with = {name: BASELINES[name].trained_with for name in methods if name in BASELINES}
+        trained_with |= dict.fromkeys((*VARIANTS, OUR_POINTS), TRAINED_WITH)
         names = tuple(evaluator.name for evaluator in get_evaluators())
         full = self.full(sorted({one.seed for one in found}))
-        return Evaluation(self.problem, tuple(found), full, names, trained_with | dict.fromkeys(VARIANTS, TRAINED_WITH))
+        return Evaluation(self.problem, tuple(found), full, names, trained_with)
 
     def choice(self, samples_per_class: int, seed: int, method: str = OURS) -> list[dict[str, Any]] | None:
         """The candidates of ours, or of a variant, with their scores on the validation cells."""

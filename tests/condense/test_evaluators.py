@@ -8,7 +8,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.evaluators import EVALUATORS, get_evaluators
 from cellstill.errors import InvalidArgumentError
 
@@ -140,18 +140,22 @@ def test_bad_cells_are_refused(cells, match):
         EVALUATORS["logistic"].fit(cells, 3)
 
 
-def test_a_matrix_is_learned_as_it_is():
-    """Features may be negative, and are not log-normalised: of the cells' expression they are the cells."""
+def features_of(values: np.ndarray, codes: np.ndarray) -> Features:
+    return Features(values, codes, lambda cells: np.zeros((len(cells), values.shape[1])))
+
+
+def test_features_are_learned_as_they_are():
+    """They may be negative, and are not log-normalised: of the cells' expression they are the cells."""
     train, new = cells_of(5), cells_of(4, seed=1).expression()
     for name in ("logistic", "mlp_small", "forest"):
         of_cells = EVALUATORS[name].fit(train, 3, seed=2).predict_proba(new)
-        of_matrix = EVALUATORS[name].fit_matrix(train.expression().toarray(), train.codes, 3, seed=2)
-        assert np.array_equal(of_matrix.predict_proba(new), of_cells)
+        of_features = EVALUATORS[name].fit(features_of(train.expression().toarray(), train.codes), 3, seed=2)
+        assert np.array_equal(of_features.predict_proba(new), of_cells)
     points = np.repeat([[-3.0, 0.0], [3.0, 0.0], [0.0, -3.0]], 4, axis=0)
-    fitted = EVALUATORS["knn"].fit_matrix(points, np.repeat(np.arange(3), 4), 3)
+    fitted = EVALUATORS["knn"].fit(features_of(points, np.repeat(np.arange(3), 4)), 3)
     assert fitted.predict(np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, -2.0]])).tolist() == [0, 1, 2]
     with pytest.raises(InvalidArgumentError, match="at least two"):
-        EVALUATORS["knn"].fit_matrix(points, np.zeros(12, np.int64), 3)
+        EVALUATORS["knn"].fit(features_of(points, np.zeros(12, np.int64)), 3)
 
 
 def test_bad_calls_are_refused():

@@ -19,7 +19,7 @@ from cellstill.condense.evaluators import EVALUATORS
 from cellstill.condense.generator import GeneratorConfig, generate_in_steps
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
-from cellstill.condense.method import TRAINED_WITH, Variant, scdd
+from cellstill.condense.method import TRAINED_WITH, Variant, scdd, scdd_features
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.shared import share_space, shared_space, use_space
 from cellstill.condense.space import fit_space
@@ -140,7 +140,7 @@ def test_classifiers_of_features_see_the_test_cells_through_their_encoder(traine
     features, z = feat_distill(problem, 2, 0), space.encode(problem.test).numpy()
     np.testing.assert_array_equal(features.encode(problem.test), z)
     for name in names:
-        predicted = EVALUATORS[name].fit_matrix(features.values, features.codes, 3, 0).predict(z)
+        predicted = EVALUATORS[name].fit(features, 3, 0).predict(z)
         assert np.array_equal(found.condensed[0].predictions[name, "cell_type"], predicted)
     scores = found.scores
     assert (scores["n_cells"] == 6).all()
@@ -271,6 +271,16 @@ def test_scdd_is_the_variant_of_defaults(trained, monkeypatch):
     monkeypatch.setattr(Variant, "__call__", noted)
     scdd(problem, 7, 2)
     assert asked == [(Variant(), 7, 2)]
+
+
+def test_features_of_scdd_are_the_points_chosen_beside_its_cells(trained, monkeypatch):
+    problem, _ = trained
+    given, made = [], Variant(start="random", counts="expected").unmatched().condense(problem, 2, 0)
+    monkeypatch.setattr(Variant, "condense", lambda *asked: given.append(asked) or made)
+    scores = evaluate(problem, {"points": scdd_features}, samples_per_class=(2,), seeds=(0,), evaluators=["knn"]).scores
+    assert given == [(Variant(), problem, 2, 0)]
+    assert scores["macro_f1"].item() > 0.8
+    assert scores["bytes"].item() == made.points.values.nbytes
 
 
 def test_a_shared_space_is_found_by_its_settings(trained):

@@ -68,7 +68,8 @@ def assert_same_weights(one: SCDD, other: SCDD) -> None:
 def assert_same_cells(one: anndata.AnnData, other: anndata.AnnData) -> None:
     np.testing.assert_array_equal(one.X.toarray(), other.X.toarray())
     pd.testing.assert_frame_equal(one.obs, other.obs)
-    np.testing.assert_array_equal(one.obsm["X_scdd"], other.obsm["X_scdd"])
+    for key in ("X_scdd", "X_scdd_latent"):
+        np.testing.assert_array_equal(one.obsm[key], other.obsm[key])
     assert provenance_of(one) == provenance_of(other)
 
 
@@ -97,6 +98,19 @@ def test_condensed_cells_are_counts_with_labels_codes_and_provenance(trained, co
     best = int(np.argmax(condensed.uns["scdd"]["choice"]["mean"]))
     assert condensed.uns["scdd"]["choice"]["start"][best] == told["start"]
     assert condensed.uns["scdd"]["choice"]["steps"][best] == told["matching_steps"]
+
+
+def test_points_of_the_latent_space_teach_classifiers_of_it(trained, condensed):
+    """kNN on them predicts new cells by their latent representation."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    points, choice = condensed.obsm["X_scdd_latent"], condensed.uns["scdd"]["point_choice"]
+    assert {"points", "mean"} < set(choice)
+    judge = KNeighborsClassifier(1).fit(points, condensed.obs["cell_type"])
+    z = trained.model.get_latent_representation(trained.new)
+    assert (judge.predict(z) == trained.new.obs["cell_type"]).mean() > 0.9
+    if choice["points"][np.argmax(choice["mean"])] == "cells":
+        np.testing.assert_allclose(points, trained.model.get_latent_representation(condensed), atol=1e-5)
 
 
 def test_condensed_cells_teach_what_the_classes_are(trained, condensed):
@@ -194,6 +208,7 @@ def test_generated_cells_are_like_real_ones_of_their_class(trained):
             torch.from_numpy(made.obsm["X_scdd"]), torch.full((400,), code, dtype=torch.int64)
         ).numpy()
         assert 0.7 < np.median(seen.var(axis=0) / z.var(axis=0)) < 1.3
+        assert 0.7 < np.median(made.obsm["X_scdd_latent"].var(axis=0) / z.var(axis=0)) < 1.3
         assert (model._space.autoencoder.classify(torch.from_numpy(seen)).argmax(dim=1) == code).float().mean() > 0.97
 
 

@@ -164,11 +164,39 @@ def test_the_first_of_the_best_candidates_is_kept(auto, problem, space):
 
 
 def test_a_worse_first_candidate_is_not_kept(problem, space, monkeypatch):
-    told = iter([0.3, 0.9, 0.9, 0.1])
+    told = iter([0.3, 0.9, 0.9, 0.1, 0.2, 0.2, 0.7])
     monkeypatch.setattr(solver_module, "validation_score", lambda *_, **__: {"judge": next(told)})
     found = condense(problem, space, 1, counts="rounded", start="random", matching=MatchingConfig(n_steps=2))
     assert found.choice["mean"].tolist() == [0.3, 0.9, 0.9, 0.1]
     assert (found.n_steps, found.rendering.detection) == (0, 2.0)
+    assert found.point_choice["points"].tolist() == ["random, 0 steps", "random, 2 steps", "cells"]
+    assert found.point_choice["mean"].tolist() == [0.2, 0.2, 0.7]
+    np.testing.assert_array_equal(found.points.values, space.encode(found.cells).numpy())
+
+
+def test_points_are_chosen_by_classifiers_of_the_latent_space(auto, problem, space):
+    """Of all states and of the cells, what does best where classifiers see z of the validation cells."""
+    table = auto.point_choice
+    wanted = [f"{start}, {n} steps" for start in ("centroids", "random") for n in (0, 2, 8)]
+    assert table["points"].tolist() == [*wanted, "cells"]
+    z = space.encode(problem.validation).numpy()
+    np.testing.assert_array_equal(auto.points.encode(problem.validation), z)
+    for judge in ("logistic", "knn"):
+        predicted = EVALUATORS[judge].fit(auto.points, 3, 0).predict(z)
+        reached = classification_scores(problem.validation.codes, predicted).macro_f1
+        assert reached == table.loc[table["mean"].idxmax(), judge]
+    assert table["mean"].max() > 0.8
+
+
+@pytest.mark.parametrize("start", ["centroids", "random"])
+def test_points_are_what_the_generator_makes_of_codes(problem, space, start):
+    found = condense(problem, space, 2, counts="expected", start=start, matching=unmatched())
+    codes = torch.from_numpy(found.codes)
+    made = {f"{start}, 0 steps": space.generator(codes, torch.from_numpy(found.cells.codes)).detach().numpy()}
+    made["cells"] = space.encode(found.cells).numpy()
+    best = found.point_choice.loc[found.point_choice["mean"].idxmax(), "points"]
+    np.testing.assert_array_equal(found.points.values, made[best])
+    np.testing.assert_array_equal(found.points.codes, found.cells.codes)
 
 
 def test_forms_to_try():

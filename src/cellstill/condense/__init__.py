@@ -9,7 +9,7 @@ from cellstill.condense.evaluators import EVALUATORS, get_evaluators
 from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
-from cellstill.condense.method import TRAINED_WITH, Variant, scdd
+from cellstill.condense.method import TRAINED_WITH, Variant, scdd, scdd_features
 from cellstill.condense.model import SCDD
 from cellstill.condense.problem import CondensationProblem
 from cellstill.condense.solver import condense
@@ -38,4 +38,5 @@ __all__ = [
     "fit_space",
     "get_evaluators",
     "scdd",
+    "scdd_features",
 ]

@@ -58,6 +58,10 @@ class LabelledCells:
         r"""What all networks and classifiers see, :math:`\log(1 + 10^4 x / l)`: CSR, float32, ``(n, n_vars)``."""
         return log_expression(self.counts)
 
+    def encode(self, cells: LabelledCells) -> sp.csr_matrix:
+        """What classifiers that were trained on these see of other cells, as :meth:`Features.encode`: expression."""
+        return cells.expression()
+
 
 @dataclass(frozen=True, eq=False)
 class Features:

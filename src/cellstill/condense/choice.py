@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.evaluators import get_evaluators
 from cellstill.condense.problem import CondensationProblem
 from cellstill.metrics.condensation import classification_scores
@@ -16,17 +16,17 @@ JUDGES = ("logistic", "mlp_small", "knn", "forest")
 
 
 def validation_score(
-    problem: CondensationProblem, cells: LabelledCells, judges: Sequence[str] = JUDGES, seed: int = 0
+    problem: CondensationProblem, made: LabelledCells | Features, judges: Sequence[str] = JUDGES, seed: int = 0
 ) -> dict[str, float]:
-    """Macro-F1 of the validation cells, for each judge trained on candidate cells.
+    """Macro-F1 of the validation cells, for each judge trained on candidate cells or features.
 
     Without validation cells, the training cells are judged by.
     """
     judged = problem.validation if len(problem.validation) else problem.train
-    expression = judged.expression()
+    seen = made.encode(judged)
     found = {}
     for judge in get_evaluators(judges):
-        predicted = judge.fit(cells, problem.n_classes, seed).predict(expression)
+        predicted = judge.fit(made, problem.n_classes, seed).predict(seen)
         found[judge.name] = classification_scores(judged.codes, predicted).macro_f1
     return found
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -124,12 +125,8 @@ def predict_test(
     problem: CondensationProblem, cells: LabelledCells | Features, task: Task, evaluator: Evaluator, seed: int
 ) -> np.ndarray:
     """Codes that an evaluator trained on ``cells`` gives to the test cells in a task, int64, shape ``(n_test,)``."""
-    codes = task.of_class[cells.codes]
-    if isinstance(cells, Features):
-        fitted = evaluator.fit_matrix(cells.values, codes, len(task.names), seed)
-        return fitted.predict(cells.encode(problem.test))
-    own = LabelledCells(cells.counts, codes)
-    return evaluator.fit(own, len(task.names), seed).predict(problem.test.expression())
+    own = replace(cells, codes=task.of_class[cells.codes])
+    return evaluator.fit(own, len(task.names), seed).predict(cells.encode(problem.test))
 
 
 def _condense(

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.errors import InvalidArgumentError, check_option
 from cellstill.train.fit import seeded
 
@@ -96,13 +96,13 @@ class Evaluator:
     label: str
     train: Callable[[np.ndarray, np.ndarray, int, int], Classify]
 
-    def fit(self, cells: LabelledCells, n_classes: int, seed: int = 0) -> FittedEvaluator:
-        """Train on cells, real or synthetic.
+    def fit(self, cells: LabelledCells | Features, n_classes: int, seed: int = 0) -> FittedEvaluator:
+        """Train on cells, real or synthetic, or on features in their place.
 
         Parameters
         ----------
         cells
-            At least two classes of them.
+            At least two classes of them. What the classifier expects of other cells is their ``encode``.
         n_classes
             Classes there are, of which some may have no cell here.
         seed
@@ -113,35 +113,15 @@ class Evaluator:
         InvalidArgumentError
             Fewer than two classes, codes outside ``0 .. n_classes - 1``, or counts that are negative or not finite.
         """
-        values = cells.counts.data
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise InvalidArgumentError(
-                "counts has negative values, NaN or infinity. Give counts, or expectations of them."
-            )
-        return self.fit_matrix(cells.expression(), cells.codes, n_classes, seed)
-
-    def fit_matrix(
-        self, matrix: sp.csr_matrix | np.ndarray, codes: np.ndarray, n_classes: int, seed: int = 0
-    ) -> FittedEvaluator:
-        """Train on a matrix as it is: expression, or :class:`~cellstill.condense.cells.Features` in its place.
-
-        Parameters
-        ----------
-        matrix
-            Finite, sparse or dense, ``(n, n_vars)``.
-        codes
-            Class of each row, ``(n,)``; at least two classes of them.
-        n_classes, seed
-            As in :meth:`fit`.
-
-        Raises
-        ------
-        InvalidArgumentError
-            Fewer than two classes, or codes outside ``0 .. n_classes - 1``.
-        """
-        _check(codes, n_classes)
-        classify = self.train(_dense(matrix), codes, n_classes, seed)
-        return FittedEvaluator(self.name, matrix.shape[1], n_classes, classify)
+        _check(cells.codes, n_classes)
+        if isinstance(cells, LabelledCells):
+            values = cells.counts.data
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise InvalidArgumentError(
+                    "counts has negative values, NaN or infinity. Give counts, or expectations of them."
+                )
+        matrix = _dense(cells.expression() if isinstance(cells, LabelledCells) else cells.values)
+        return FittedEvaluator(self.name, matrix.shape[1], n_classes, self.train(matrix, cells.codes, n_classes, seed))
 
 
 def get_evaluators(names: Iterable[str] | None = None) -> list[Evaluator]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.choice import JUDGES
 from cellstill.condense.counts import CountsForm
 from cellstill.condense.generator import GeneratorConfig
@@ -82,3 +82,18 @@ def scdd(problem: CondensationProblem, samples_per_class: int, seed: int = 0) ->
         Of everything drawn, the training of the space included, which all budgets share.
     """
     return Variant()(problem, samples_per_class, seed)
+
+
+def scdd_features(problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> Features:
+    """Points of the latent space that scDD makes with its cells: what ``"feat_distill"`` is to be compared with.
+
+    Parameters
+    ----------
+    problem, samples_per_class, seed
+        As of :func:`scdd`.
+
+    Returns
+    -------
+    Points, and the encoder: classifiers are trained on the latent space, and see z of the test cells.
+    """
+    return Variant().condense(problem, samples_per_class, seed).points

@@ -19,7 +19,7 @@ from cellstill.condense.counts import FORMS, CountsForm, Rendering
 from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
-from cellstill.condense.output import to_anndata
+from cellstill.condense.output import CODES, POINTS, to_anndata
 from cellstill.condense.problem import CondensationProblem, Task, read_labels
 from cellstill.condense.progress import showing_steps
 from cellstill.condense.solver import condense
@@ -286,7 +286,8 @@ class SCDD(RegisteredModel):
         Returns
         -------
         Synthetic cells: counts in ``X``, labels in ``obs``, codes in ``obsm["X_scdd"]``, provenance and the candidates'
-        scores in ``uns["scdd"]``.
+        scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]`` points of the latent space, each of its row's class but
+        not always its row's cell: chosen for classifiers that see :meth:`get_latent_representation` of new cells.
 
         Raises
         ------
@@ -326,8 +327,8 @@ class SCDD(RegisteredModel):
                 "n_synthetic": len(found.cells),
                 "of_class": np.bincount(found.cells.codes, minlength=problem.n_classes),
             },
-            codes=found.codes,
-            choice=found.choice,
+            obsm={CODES: found.codes, POINTS: found.points.values},
+            choices={"choice": found.choice, "point_choice": found.point_choice},
         )
 
     def generate(
@@ -370,7 +371,7 @@ class SCDD(RegisteredModel):
         z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
         cells = space.render(Rendering(counts), z, codes, seed)
         told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
-        return to_anndata(cells, classes, tasks, genes, told, codes=noise.numpy())
+        return to_anndata(cells, classes, tasks, genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()})
 
     def get_latent_representation(
         self, adata: AnnData | None = None, indices: np.ndarray | Sequence[int] | None = None

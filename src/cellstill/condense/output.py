@@ -17,6 +17,9 @@ from cellstill.condense.problem import Task
 KEY = "scdd"
 """Key of ``uns`` with the provenance."""
 
+CODES, POINTS = "X_scdd", "X_scdd_latent"
+"""Keys of ``obsm``: what the generator was given, and points of the latent space."""
+
 
 def to_anndata(
     cells: LabelledCells,
@@ -25,8 +28,8 @@ def to_anndata(
     genes: np.ndarray,
     provenance: Mapping[str, Any],
     *,
-    codes: np.ndarray | None = None,
-    choice: pd.DataFrame | None = None,
+    obsm: Mapping[str, np.ndarray] | None = None,
+    choices: Mapping[str, pd.DataFrame] | None = None,
 ) -> AnnData:
     """Build an AnnData of synthetic cells.
 
@@ -38,10 +41,10 @@ def to_anndata(
         Of the problem.
     provenance
         What JSON can hold.
-    codes
-        Codes of the cells; kept in ``obsm["X_scdd"]``.
-    choice
-        Candidates and their scores; kept as ``uns["scdd"]["choice"]``.
+    obsm
+        Codes and points of the cells by key.
+    choices
+        Candidates and their scores by key; kept in ``uns["scdd"]``.
 
     Returns
     -------
@@ -65,12 +68,15 @@ def to_anndata(
             {"cellstill_version": cellstill.__version__, **provenance}, sort_keys=True, default=_plain
         )
     }
-    if choice is not None:
-        found["choice"] = {str(name): column.to_numpy() for name, column in choice.items()}
-    adata = AnnData(cells.counts, obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str))), uns={KEY: found})
-    if codes is not None:
-        adata.obsm["X_scdd"] = codes.astype(np.float32)
-    return adata
+    for key, table in (choices or {}).items():
+        found[key] = {str(name): column.to_numpy() for name, column in table.items()}
+    return AnnData(
+        cells.counts,
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(genes.astype(str))),
+        uns={KEY: found},
+        obsm={key: values.astype(np.float32) for key, values in (obsm or {}).items()},
+    )
 
 
 def provenance_of(adata: AnnData) -> dict[str, Any]:

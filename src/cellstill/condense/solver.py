@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.choice import mean_score, validation_score
 from cellstill.condense.counts import FORMS, CountsForm, Rendering
 from cellstill.condense.matching import MatchingConfig, match_codes
@@ -49,6 +49,10 @@ class Condensed:
         Where codes started, and for how many steps they were matched.
     choice
         One row for each candidate: start, steps, counts, macro-F1 of the validation cells by each judge, their mean.
+    points
+        As many points of the latent space, which teach classifiers that see the z of real cells in place of genes.
+    point_choice
+        As ``choice``, of the points: what they are, and macro-F1 by each judge.
     history
         Terms of the matching, by start.
     """
@@ -59,6 +63,8 @@ class Condensed:
     start: Start
     n_steps: int
     choice: pd.DataFrame
+    points: Features
+    point_choice: pd.DataFrame
     history: dict[str, pd.DataFrame]
 
 
@@ -98,7 +104,8 @@ def condense(
     -------
     The candidate with the best mean macro-F1 on the validation cells: of each start, the codes as they start, after a
     quarter of the steps, and after all. The first of these are tried in every form of counts that is allowed, the
-    others in the two forms that did best.
+    others in the two forms that did best. Points of the latent space are chosen apart, among what the generator makes
+    of all these codes, and z of the cells that were chosen.
     """
     check_option("counts", counts, ("auto", *FORMS))
     check_option("start", start, ("auto", *STARTS))
@@ -131,7 +138,10 @@ def condense(
     )
     _log.info("Chosen on the validation cells: start %s, %d steps, counts %s.", name, n_steps, rendering.name)
     chosen = states[name, n_steps].cpu().numpy()
-    return Condensed(cells, chosen, rendering, name, n_steps, table, history)
+    with torch.inference_mode():
+        made = {f"{of}, {n} steps": space.generator(state, label) for (of, n), state in states.items()}
+    points, of_points = _choose_points(made | {"cells": space.encode(cells)}, codes, problem, space, seed)
+    return Condensed(cells, chosen, rendering, name, n_steps, table, points, of_points, history)
 
 
 def _choose(
@@ -162,6 +172,22 @@ def _choose(
             forms = [forms[k] for k in sorted(best)]
     _, key, rendering, cells = found[0]
     return key, rendering, cells, pd.DataFrame(rows)
+
+
+def _choose_points(
+    made: Mapping[str, torch.Tensor], codes: np.ndarray, problem: CondensationProblem, space: Space, seed: int
+) -> tuple[Features, pd.DataFrame]:
+    """Best points on the validation cells, the first of equals, and the table of all that were tried."""
+    rows: list[dict[str, Any]] = []
+    found: list[tuple[float, Features]] = []
+    for name, z in made.items():
+        features = space.features(z, codes)
+        scores = validation_score(problem, features, seed=seed)
+        mean = mean_score(scores)
+        rows.append({"points": name, **scores, "mean": mean})
+        if not found or mean > found[0][0]:
+            found = [(mean, features)]
+    return found[0][1], pd.DataFrame(rows)
 
 
 def renderings(counts: CountsForm | Literal["auto"], samples_per_class: int) -> list[Rendering]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cellstill.condense.cells import LabelledCells
+from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.counts import Rendering, render
 from cellstill.condense.diffusion import fit_generator
 from cellstill.condense.generator import Denoiser, GeneratorConfig, MultiStepGenerator, OneStepGenerator
@@ -110,6 +110,10 @@ class Space:
     def encode(self, cells: LabelledCells) -> torch.Tensor:
         """Standardised z of cells, on the device of the networks."""
         return encode(self.autoencoder, cells.counts).to(self.device)
+
+    def features(self, z: torch.Tensor, codes: np.ndarray) -> Features:
+        """Points of the latent space, ``(n, n_latent)``, and their classes, for classifiers of z."""
+        return Features(z.cpu().numpy(), codes, lambda cells: self.encode(cells).cpu().numpy())
 
 
 def fit_space(

@@ -92,7 +92,7 @@ def feat_distill(problem: CondensationProblem, samples_per_class: int, seed: int
     """Features of :func:`match_features` as they are, and the encoder: classifiers see z of the test cells."""
     space = shared_space(problem, seed)
     z, codes = match_features(problem, space, samples_per_class, seed)
-    return Features(z.cpu().numpy(), codes, lambda cells: space.encode(cells).cpu().numpy())
+    return space.features(z, codes)
 
 
 def match_features(
