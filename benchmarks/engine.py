@@ -98,8 +98,7 @@ def steps(options: Options) -> Section:
                 row["of_products"] = numbers["step_ms"] / measured[PRODUCTS]["step_ms"]
                 if method not in (PRODUCTS, PARTS):
                     for key, ratio in (("cells_per_second", "of_scvi"), ("embedded_per_second", "embedded_of_scvi")):
-                        if numbers[key] is not None:
-                            row[ratio] = numbers[key] / measured[SCVI][key]
+                        row[ratio] = numbers[key] / measured[SCVI][key]
                 section.rows.append(row)
             where = f"{genes} genes, batch {batch_size}"
             value = partial(_value, section.rows, genes, batch_size)

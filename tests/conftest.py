@@ -26,3 +26,19 @@ def real_data():
         return file
 
     return path
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def accelerator(request):
+    """Where a test trains; the GPU's part is skipped, with a line saying so, where torch finds none."""
+    import torch
+
+    if request.param == "gpu" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device: training on a GPU is not tested")
+    return request.param
+
+
+@pytest.fixture
+def device(accelerator):
+    """Name of that device in torch."""
+    return {"cpu": "cpu", "gpu": "cuda"}[accelerator]

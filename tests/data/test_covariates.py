@@ -33,6 +33,17 @@ def test_levels_are_one_hot_never_ordinal_and_floats_are_standardised(obs):
     np.testing.assert_allclose(encoded[:, 8], (age - 35) / age.std(), rtol=1e-6)
 
 
+def test_codes_are_the_columns_that_are_one(obs):
+    design = CovariateDesign.fit(obs, ["age", "condition", "cluster", "male"])
+    ones, continuous = design.codes(obs)
+    assert (ones.dtype, continuous.dtype) == (np.int64, np.float32)
+    # Levels are sorted as strings: "10" comes before "2".
+    np.testing.assert_array_equal(ones, [[0, 2, 7], [1, 3, 6], [0, 5, 7], [1, 4, 7]])
+    np.testing.assert_allclose(continuous[:, 0], (obs["age"] - 35) / obs["age"].std(ddof=0), rtol=1e-6)
+    alone = CovariateDesign.fit(obs, [])
+    assert [part.shape for part in (*alone.codes(obs), alone.encode(obs))] == [(4, 0)] * 3
+
+
 def test_encoding_new_cells_uses_what_was_fitted(obs):
     design = CovariateDesign.from_dict(json.loads(json.dumps(CovariateDesign.fit(obs, ["condition", "age"]).to_dict())))
     new = pd.DataFrame({"condition": ["stim"], "age": [35.0]})

@@ -82,6 +82,20 @@ def test_compiled_or_not_the_same(sparse):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [False, True], ids=["torch", "compiled"])
+def test_a_part_of_the_weight_multiplies_a_part_of_the_inputs(mode):
+    linear, norm = layer(False)
+    x, outer, n = torch.randn(N, N_IN), torch.randn(N, N_OUT), 20
+    with compiled(mode):
+        expected = hidden_layer(x, linear, norm)
+        wanted = torch.autograd.grad(expected, list(linear.parameters()), outer)
+        one, other = linear.weight.split([n, N_IN - n], dim=1)
+        found = hidden_layer(x[:, :n], linear, norm, x[:, n:] @ other.t(), one)
+        grads = torch.autograd.grad(found, list(linear.parameters()), outer)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("of_x", "of_weight"), [(True, True), (True, False), (False, True), (False, False)])
 def test_products_of_gradients_that_nobody_wants_are_left_out(of_x, of_weight, monkeypatch):
     linear, norm = layer(False)

@@ -82,8 +82,28 @@ class CovariateDesign:
         InvalidArgumentError
             A level was not there when the design was fitted, or a value is missing.
         """
-        columns = []
-        for key, known in self.levels.items():
+        ones, continuous = self.codes(obs)
+        encoded = np.zeros((len(obs), self.n_columns), dtype=np.float32)
+        np.put_along_axis(encoded, ones, 1.0, axis=1)
+        encoded[:, self.n_columns - len(self.scales) :] = continuous
+        return encoded
+
+    def codes(self, obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`encode` encodes, for those who gather by level instead of multiplying zeros and ones.
+
+        Returns
+        -------
+        The columns of the encoded design that are 1, int64, shape ``(n_obs, len(levels))``; and its continuous columns,
+        float32, shape ``(n_obs, len(scales))``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As in :meth:`encode`.
+        """
+        ones = np.empty((len(obs), len(self.levels)), dtype=np.int64)
+        start = 0
+        for i, (key, known) in enumerate(self.levels.items()):
             names = obs_column(obs, key, "covariate_keys").astype(str).to_numpy()
             codes = pd.Index(known).get_indexer(pd.Index(names))
             if (codes < 0).any():
@@ -91,11 +111,12 @@ class CovariateDesign:
                 raise InvalidArgumentError(
                     f"obs[{key!r}] has levels that the model does not know: {unknown}. It knows: {list(known)}."
                 )
-            columns.append(np.eye(len(known), dtype=np.float32)[codes])
-        for key, (mean, sd) in self.scales.items():
-            values = obs_column(obs, key, "covariate_keys").to_numpy(dtype=np.float64)
-            columns.append(((values - mean) / sd).astype(np.float32)[:, None])
-        return np.hstack(columns) if columns else np.empty((len(obs), 0), dtype=np.float32)
+            ones[:, i] = start + codes
+            start += len(known)
+        continuous = np.empty((len(obs), len(self.scales)), dtype=np.float32)
+        for i, (key, (mean, sd)) in enumerate(self.scales.items()):
+            continuous[:, i] = (obs_column(obs, key, "covariate_keys").to_numpy(dtype=np.float64) - mean) / sd
+        return ones, continuous
 
     def knows(self, obs: pd.DataFrame) -> bool:
         """Say whether cells can be encoded: no covariate is missing, and every level is known."""

@@ -88,9 +88,10 @@ def learn_batches(
     codes = pd.Index(unseen).get_indexer(pd.Index(names[wanted]))
     module = NewBatches(fitted.decoder, len(unseen))
     subset = cells[wanted]
+    levels, continuous = fitted.design.codes(subset.obs)
     loader = CountsLoader(
         subset.counts,
-        {"z": latent[wanted], "batch": codes, "covariates": fitted.design.encode(subset.obs)},
+        {"z": latent[wanted], "batch": codes, "levels": levels, "continuous": continuous},
         shuffle=True,
         seed=seed,
     )

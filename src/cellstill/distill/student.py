@@ -100,31 +100,49 @@ class Decoder(nn.Module):
             self.network.output.bias.copy_(log_rate)
         self.log_theta = nn.Parameter(torch.full((n_vars,), 1.0))
 
-    def batch_vectors(self, codes: torch.Tensor) -> torch.Tensor:
-        """Embed batch codes; :data:`MEAN_BATCH` gives the mean of all embeddings."""
-        weight = self.batches.weight
-        return torch.cat([weight, weight.mean(dim=0, keepdim=True)])[codes]
-
     def forward(
         self, z: torch.Tensor, batch_vectors: torch.Tensor, covariates: torch.Tensor, masks: Masks | None = None
     ) -> torch.Tensor:
-        """Logarithm of the expected proportions, shape ``(n, n_vars)``; every row of proportions sums to 1."""
+        """Logarithm of the expected proportions, shape ``(n, n_vars)``; every row of proportions sums to 1.
+
+        Batches and covariates may be means over several, so they are multiplied.
+        """
         return torch.log_softmax(self.network(torch.cat([z, batch_vectors, covariates], dim=1), masks), dim=1)
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
-        """Negative log-likelihood per gene, with the negative binomial of :func:`negative_binomial_output`."""
-        return self.loss_given(batch, self.batch_vectors(batch["batch"]))
+        """Negative log-likelihood per gene, with the negative binomial of :func:`negative_binomial_output`.
 
-    def loss_given(self, batch: Mapping[str, torch.Tensor], batch_vectors: torch.Tensor) -> Loss:
-        """As :meth:`loss`, with embeddings of the batches that need not be the decoder's own."""
+        The minibatch carries ``z``, ``batch`` (codes), and ``levels`` and ``continuous`` of
+        :meth:`~cellstill.data.covariates.CovariateDesign.codes`.
+        """
+        return self.loss_given(batch, self.batches.weight)
+
+    def loss_given(self, batch: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> Loss:
+        """As :meth:`loss`, with embeddings of the batches that need not be the decoder's own, by code."""
         counts = CSRRows.of(batch, self.n_vars)
-        hidden = self.network.features(torch.cat([batch["z"], batch_vectors, batch["covariates"]], dim=1))
+        hidden = self.features(batch, embeddings)
         output = self.network.output
         n = counts.n_rows
         total, value = negative_binomial_output(
             *(hidden, output.weight, output.bias, counts, None, self.log_theta.exp()), scale=-1 / (n * self.n_vars)
         )
         return Loss(total, -value / self.n_vars, n)
+
+    def features(self, batch: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
+        """Last hidden layer, as :meth:`forward` has it: a batch and a level each add a gathered row to the first."""
+        z, continuous = batch["z"], batch["continuous"]
+        first = self.network.hidden[0].weight
+        assert isinstance(first, torch.Tensor)
+        sizes = [z.shape[1], embeddings.shape[1], continuous.shape[1]]
+        sizes.insert(2, first.shape[1] - sum(sizes))
+        of_z, of_batch, of_levels, of_continuous = first.split(sizes, dim=1)
+        added = (embeddings @ of_batch.t()).index_select(0, batch["batch"])
+        by_level = of_levels.t().contiguous()
+        for level in batch["levels"].unbind(1):
+            added = added + by_level.index_select(0, level)
+        if continuous.shape[1]:
+            added = torch.addmm(added, continuous, of_continuous.t())
+        return self.network.features(z, added=added, weight=of_z)
 
 
 class NewBatches(nn.Module):
@@ -147,4 +165,4 @@ class NewBatches(nn.Module):
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> Loss:
         """As :meth:`Decoder.loss`, with the new embeddings."""
-        return self.decoder.loss_given(batch, self.vectors[batch["batch"]])
+        return self.decoder.loss_given(batch, self.vectors)

@@ -147,7 +147,8 @@ def distill(
         with compiled(settings.compile, n_values=float(np.prod(cells.counts.shape))):
             latent = ranks.from_first(lambda: fitted.encode(cells))
         fitted.student_latent = fitted.to_teacher(latent)
-        per_cell = {"z": latent, "batch": cells.batch, "covariates": design.encode(cells.obs)}
+        levels, continuous = design.codes(cells.obs)
+        per_cell = {"z": latent, "batch": cells.batch, "levels": levels, "continuous": continuous}
         loaders = _loaders(cells.counts, per_cell, train, validation, settings)
         history["decoder"] = _phase("decoder", decoder, loaders, settings.n_epochs_decoder, settings, cells)
     decoder.requires_grad_(False)

@@ -14,7 +14,11 @@ from cellstill.nn.sparse import CSRRows
 
 
 def hidden_layer(
-    x: CSRRows | torch.Tensor, linear: nn.Module, norm: nn.Module, added: torch.Tensor | None = None
+    x: CSRRows | torch.Tensor,
+    linear: nn.Module,
+    norm: nn.Module,
+    added: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``relu(norm(linear(x) + added))``, shape ``(n, n_out)``.
 
@@ -31,13 +35,20 @@ def hidden_layer(
         LayerNorm over ``n_out``.
     added
         What else is added before the norm, shape ``(n, n_out)``.
+    weight
+        The part of a :class:`torch.nn.Linear`'s weight that multiplies ``x``, shape ``(n_out, n_in)``, where ``added``
+        has what its other inputs give. ``None`` is all of it.
     """
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
+    if weight is None:
+        assert isinstance(linear.weight, torch.Tensor)
+        weight = linear.weight
     assert isinstance(norm, nn.LayerNorm)
     device = weight.device
     if kernels(device) is None or weight.dtype != torch.float32 or torch.is_autocast_enabled(device.type):
-        product = linear(x)
+        if isinstance(linear, nn.Linear) and isinstance(x, torch.Tensor):
+            product = nn.functional.linear(x, weight, linear.bias)
+        else:
+            product = linear(x)
         return torch.relu(norm(product if added is None else product + added))
     rows = x if isinstance(x, CSRRows) and sparse_pays(x, weight) else None
     dense = None if rows is not None else x.to_dense() if isinstance(x, CSRRows) else x

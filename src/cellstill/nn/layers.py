@@ -91,11 +91,23 @@ class MLP(nn.Module):
         """Map ``(n, sizes[0])`` to ``(n, sizes[-1])``; with ``masks`` those are applied instead of random dropout."""
         return self.output(self.features(x, masks))
 
-    def features(self, x: CSRRows | torch.Tensor, masks: Masks | None = None) -> torch.Tensor:
-        """Return what the output layer sees, shape ``(n, sizes[-2])``."""
+    def features(
+        self,
+        x: CSRRows | torch.Tensor,
+        masks: Masks | None = None,
+        *,
+        added: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what the output layer sees, shape ``(n, sizes[-2])``.
+
+        ``weight`` and ``added`` are for an ``x`` without some of the inputs: the first layer's weight for those it has,
+        and what the others give (:func:`~cellstill.nn.hidden.hidden_layer`).
+        """
         for i, (linear, norm) in enumerate(zip(self.hidden, self.norms, strict=True)):
             x = self._drop(x, self.dropout[i], None if masks is None else masks[i])
-            x = hidden_layer(x, linear, norm)
+            x = hidden_layer(x, linear, norm, added, weight)
+            added = weight = None
         assert isinstance(x, torch.Tensor)
         return x
 

@@ -91,7 +91,8 @@ def fit(
     resume
         Go on from ``checkpoint`` if it exists. The run ends with the weights and losses, bit for bit, of one that was
         never interrupted, given the same module, data and settings on the same machine and number of threads; torch's
-        random state is put back as well. A finished run is returned as it ended.
+        random state is put back as well. On a GPU, where sums of gradients over cells may have no fixed order, it does
+        to rounding. A finished run is returned as it ended.
 
     Returns
     -------
