@@ -22,7 +22,17 @@ from cellstill.cli.app import app
         ("pass overwrite=True (--overwrite) to", "pass --overwrite to"),
         ("n_latent=50 components", "--n-latent 50 components"),
         ("covariate_keys: obs['a'] has", "--covariate-key: obs['a'] has"),
-        ("covariate_keys=['a', 'b']: the teacher", "--covariate-key ['a', 'b']: the teacher"),
+        ("covariate_keys=['a', 'b']: the teacher", "--covariate-key a --covariate-key b: the teacher"),
+        (
+            "add nn_conditioning_covariate_keys=['batch'], and feature_scaling_covariate_keys=['my batch'] to",
+            "add --conditioning-key batch, and --feature-scaling-key 'my batch' to",
+        ),
+        (
+            "nn_conditioning_covariate_keys=\"['a']\" is not in adata.obs.",
+            "--conditioning-key \"['a']\" is not in adata.obs.",
+        ),
+        ("with ambient_covariate_keys=('batch',).", "with --ambient-key batch."),
+        ("evaluators=[] has to name at least one", "--evaluator has to name at least one"),
         ("setting of teacher 'harmony'='foo' is not known", "--teacher-setting foo of harmony is not known"),
         (
             "The teacher 'latent' is a layer of adata.layers['layer']",
@@ -51,11 +61,11 @@ from cellstill.cli.app import app
         ("PseudobulkConfig(method='deseq2') needs the package", "--method deseq2 needs the package"),
         (
             "covariate_keys=('a', 'b') needs a model, which method='wilcoxon' does not have.",
-            "--covariate-key ('a', 'b') needs a model, which --method wilcoxon does not have.",
+            "--covariate-key a --covariate-key b needs a model, which --method wilcoxon does not have.",
         ),
         ("set lfc_threshold=0.", "set --lfc-threshold 0."),
         ("within='cell_type': none of", "--within cell_type: none of"),
-        ("encoder_covariate_keys=['a']: encoders", "--encoder-key ['a']: encoders"),
+        ("encoder_covariate_keys=['a']: encoders", "--encoder-key a: encoders"),
         ("Name those, as tuples, or give", "Name those, as category,category=RATE, or give"),
         ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
     ],

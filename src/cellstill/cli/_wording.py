@@ -49,7 +49,8 @@ _OPTIONS = {
     "teacher": "--teacher",
     "within": "--within",
 }
-_ASSIGNED = re.compile(rf"\b({'|'.join(_OPTIONS)})=('[^']*'|\[[^\]]*\]|\([^)]*\)|\.\.\.|[\w.]+)")
+_VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|\([^)]*\)|\.\.\.|[\w.]+"""
+_ASSIGNED = re.compile(rf"\b({'|'.join(_OPTIONS)})=({_VALUE})")
 _NAMED = re.compile(rf"(?<![\w'\"\[.-])({'|'.join(name for name in _OPTIONS if '_' in name)})(?=[:;, .])")
 _PHRASES = {
     "(batch_key=None or fewer covariate_keys)": "(no --batch-key, or fewer --covariate-key)",
@@ -88,5 +89,14 @@ def _assigned(match: re.Match[str]) -> str:
         return option
     if value == "...":
         return f"{option} NAME"
-    plain = value[1:-1] if value.startswith("'") else value
-    return f"{option} {plain}" if re.fullmatch(r"[\w.]+", plain) else f"{option} {value}"
+    if value[0] in "[(":
+        # An option for each of several.
+        values = re.findall(r"""'[^']*'|"[^"]*"|[^\[\](),\s]+""", value)
+        return " ".join(f"{option} {_plain(each)}" for each in values) or option
+    return f"{option} {_plain(value)}"
+
+
+def _plain(value: str) -> str:
+    """A value as it is typed: without quotes, where a shell needs none."""
+    plain = value[1:-1] if value[0] in "'\"" else value
+    return plain if re.fullmatch(r"[\w.]+", plain) else value
