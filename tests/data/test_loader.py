@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from anndata import AnnData
 
 from cellstill.data import resident
 from cellstill.data.loader import CountsLoader, split_cells
@@ -106,6 +107,23 @@ def test_bad_arguments_are_named(counts):
         CountsLoader(counts, indices=np.ones(100, dtype=bool))
     with pytest.raises(InvalidArgumentError, match=r"per_cell\['batch'\] has 3 rows for 101 cells"):
         CountsLoader(counts, {"batch": np.zeros(3)})
+    with pytest.raises(InvalidArgumentError, match="per_cell names 'data', which is an entry of every minibatch"):
+        CountsLoader(counts, {"data": np.zeros(101)})
+    with pytest.raises(InvalidArgumentError, match=r"per_cell\['type'\] has dtype object"):
+        CountsLoader(counts, {"type": np.array(["a"] * 101, dtype=object)})
+    for wrong in (counts.toarray(), counts.tocsc(), AnnData(counts)):
+        with pytest.raises(InvalidArgumentError, match=f"counts is of type {type(wrong).__name__}"):
+            CountsLoader(wrong)
+    for setting in ({"batch_size": 2.5}, {"seed": -1}, {"prefetch": 1.5}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(setting))):
+            CountsLoader(counts, **setting)
+    with pytest.raises(InvalidArgumentError, match="indices has dtype <U1"):
+        CountsLoader(counts, indices=["a"])
+    with pytest.raises(InvalidArgumentError, match="device='foo' is not known"):
+        CountsLoader(counts, device="foo")
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidArgumentError, match="torch finds no CUDA device"):
+            CountsLoader(counts, device="cuda")
 
 
 def test_a_mask_chooses_cells(counts):

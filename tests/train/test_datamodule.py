@@ -253,6 +253,7 @@ def test_splits_can_be_given(adata):
     ("splits", "said"),
     [
         (([0, 1], [1], []), "holds the cell 1 twice"),
+        (([0, 1], [10**7], []), "holds 10000000; the"),
         (([], [1], []), "no cell to train on"),
         (([0], [1]), "has 2 parts"),
     ],

@@ -52,6 +52,47 @@ def test_a_loss_of_another_shape_is_refused(new_line, data, loaders):
         fit(Mean(), *loaders(data), max_epochs=1, accelerator="cpu")
 
 
+def test_a_loss_of_other_cells_is_refused(new_line, data, loaders):
+    class Few(new_line):
+        def loss(self, batch):
+            return super().loss(batch)[:3]
+
+    with pytest.raises(InvalidArgumentError, match=r"Few\.loss returned 3 losses for a minibatch of 32 cells"):
+        fit(Few(), *loaders(data), max_epochs=1, accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_epochs": 2.5}, "max_epochs=2.5 has to be an integer of at least 0"),
+        ({"max_epochs": -1}, "max_epochs=-1"),
+        ({"patience": -1}, "patience=-1"),
+        ({"min_delta": -1.0}, "min_delta=-1.0"),
+        ({"gradient_clip": 0}, "gradient_clip=0 has to be a number above 0"),
+        ({"lr": -1}, "lr=-1"),
+        ({"lr": "x"}, "lr='x'"),
+        ({"weight_decay": -1}, "weight_decay=-1"),
+        (
+            {"own_lr": {"linear.wait": 0.0}},
+            "own_lr='linear.wait' is not known. Use one of: 'linear.weight', 'linear.bias'",
+        ),
+        ({"own_lr": {"linear.bias": -0.1}}, r"own_lr\['linear.bias'\]=-0.1"),
+        ({"obs_names": ["a"]}, "obs_names has 1 names; 200 cells are counted"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_trained(new_line, data, loaders, setting, message):
+    module = new_line()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(InvalidArgumentError, match=message):
+        fit(module, *loaders(data), **{"max_epochs": 1, "accelerator": "cpu", **setting})
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_a_module_without_a_loss_is_refused(data, loaders):
+    with pytest.raises(InvalidArgumentError, match=r"module=Linear has no loss. Give it a method loss\(batch\)"):
+        fit(torch.nn.Linear(3, 1), *loaders(data), max_epochs=1, accelerator="cpu")
+
+
 def test_a_module_without_anything_to_train_is_refused(new_line, data, loaders):
     with pytest.raises(InvalidArgumentError, match="Line has no parameter that requires a gradient"):
         fit(new_line().requires_grad_(False), *loaders(data), max_epochs=1, accelerator="cpu")
@@ -125,6 +166,24 @@ def trainer(**settings):
         num_sanity_val_steps=0,
         **settings,
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+def test_a_trainer_tests_and_clips_in_lower_precision(new_line, data):
+    counts = sp.csr_matrix(np.ones((200, 2), dtype=np.float32))
+    cells = CountsDataModule(counts, data, train_size=0.6, validation_size=0.2, batch_size=32)
+    plan = Plan(new_line(), lr=0.01)
+    lower = trainer(max_epochs=2, precision="bf16-mixed", gradient_clip_val=1e-3)
+    before = plan.module.linear.weight.detach().clone()
+    lower.fit(plan, datamodule=cells)
+    assert not torch.equal(plan.module.linear.weight, before)
+    tested = trainer().test(plan, datamodule=cells, verbose=False)[0]["test_loss"]
+    with torch.inference_mode():
+        rows = cells.test_idx
+        x, y = (torch.from_numpy(np.asarray(data[name], np.float32)[rows]) for name in ("x", "y"))
+        expected = (plan.module.linear(x).squeeze(1) - y).square().mean()
+    assert tested == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*is smaller than the logging interval.*")

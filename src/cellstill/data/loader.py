@@ -15,7 +15,10 @@ import torch
 from cellstill._compat.scipy import take_rows
 from cellstill.data.ahead import default_prefetch, map_ahead
 from cellstill.data.resident import ResidentCounts, as_device, to_device
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, whole_number
+
+_OWN = frozenset({"data", "indices", "indptr", "rows"})
+"""Entries of every minibatch."""
 
 
 class Share(NamedTuple):
@@ -76,8 +79,9 @@ class CountsLoader:
     Raises
     ------
     InvalidArgumentError
-        ``batch_size`` is below 1, ``prefetch`` below 0, there is no cell to visit or one that does not exist, or an
-        array of ``per_cell`` has another length.
+        ``counts`` is no CSR matrix; ``batch_size``, ``seed`` or ``prefetch`` is out of range; there is no cell to visit
+        or one that does not exist; an array of ``per_cell`` has another length, no numbers, or the name of an entry
+        above; there is no such ``device``.
     """
 
     def __init__(
@@ -92,17 +96,25 @@ class CountsLoader:
         prefetch: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InvalidArgumentError(f"batch_size={batch_size} is below 1.")
-        if prefetch is not None and prefetch < 0:
-            raise InvalidArgumentError(f"prefetch={prefetch} is below 0. Use 0 for no minibatch ahead.")
+        if not (sp.issparse(counts) and counts.format == "csr"):
+            raise InvalidArgumentError(
+                f"counts is of type {type(counts).__name__}. Give a CSR matrix: scipy.sparse.csr_matrix(...) of a "
+                "matrix, or of X or a layer of an AnnData."
+            )
+        batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed, least=0)
+        prefetch = None if prefetch is None else whole_number("prefetch", prefetch, least=0)
         n_obs = counts.shape[0]
         self.cells = np.arange(n_obs) if indices is None else _positions(indices, n_obs)
         if self.cells.size == 0:
             raise InvalidArgumentError("indices is empty: there is no cell to visit.")
         for name, values in (per_cell or {}).items():
+            if name in _OWN:
+                raise InvalidArgumentError(f"per_cell names {name!r}, which is an entry of every minibatch. Rename it.")
             if len(values) != n_obs:
                 raise InvalidArgumentError(f"per_cell[{name!r}] has {len(values)} rows for {n_obs} cells.")
+            if np.asarray(values).dtype.kind not in "iubf":
+                found = np.asarray(values).dtype
+                raise InvalidArgumentError(f"per_cell[{name!r}] has dtype {found}. Give numbers, such as codes.")
         self.counts = counts
         self.per_cell = dict(per_cell or {})
         self.batch_size = batch_size
@@ -281,6 +293,8 @@ def split_cells(
 def _positions(cells: Any, n_obs: int) -> np.ndarray:
     """Turn positions or a mask into positions that exist."""
     cells = np.asarray(cells)
+    if cells.size and cells.dtype.kind not in "iub":
+        raise InvalidArgumentError(f"indices has dtype {cells.dtype}. Give positions of cells, or a mask.")
     if cells.dtype == bool:
         if cells.shape != (n_obs,):
             raise InvalidArgumentError(f"indices is a mask of shape {cells.shape}; {n_obs} cells need ({n_obs},).")

@@ -10,6 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.errors import InvalidArgumentError
+
 _LARGEST_SHARE = 0.5
 """Counts stay on the host if they would take more than this share of the free memory: training needs the rest."""
 
@@ -101,8 +103,19 @@ def to_device(values: np.ndarray, device: torch.device | None) -> torch.Tensor:
 
 
 def as_device(device: Any) -> torch.device:
-    """Turn a name into a device; ``"cuda"`` becomes the current one, so that devices can be compared."""
-    device = torch.device(device)
+    """Turn a name into a device; ``"cuda"`` becomes the current one, so that devices can be compared.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No such device is known, or there is none here.
+    """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(f"device={device!r} is not known. Use 'cpu', 'cuda' or 'cuda:0'.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device={str(device)!r}, but torch finds no CUDA device. Use 'cpu'.")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

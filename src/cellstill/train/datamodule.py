@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class CountsDataModule(LightningDataModule):
     """Split cells, and load them as minibatches of CSR rows.
 
-    A model of scvi-tools' ``UnsupervisedTrainingMixin`` uses it with
-    ``_data_splitter_cls = CountsDataModule.from_manager``; a ``TrainRunner`` takes it as ``data_splitter``.
+    A model of scvi-tools' ``UnsupervisedTrainingMixin`` whose module reads CSR rows uses it with
+    ``_data_splitter_cls = CountsDataModule.from_manager``; a ``TrainRunner`` takes it as ``data_splitter``. Models of
+    scvi-tools itself read dense counts: ``functools.partial(CountsDataModule.from_manager, dense=True)``.
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ class CountsDataModule(LightningDataModule):
         self.per_cell = per_cell
         if splits is None:
             splits = split_cells(counts.shape[0], train_size, validation_size, seed=seed)
-        self.train_idx, self.val_idx, self.test_idx = _check_splits(splits)
+        self.train_idx, self.val_idx, self.test_idx = _check_splits(splits, counts.shape[0])
         self.batch_size = batch_size
         self.evaluation_batch_size = batch_size if evaluation_batch_size is None else evaluation_batch_size
         self.seed = seed
@@ -177,11 +178,14 @@ class CountsDataModule(LightningDataModule):
         )
 
 
-def _check_splits(splits: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def _check_splits(splits: Sequence[np.ndarray], n_obs: int) -> tuple[np.ndarray, ...]:
     if len(splits) != 3:
         raise InvalidArgumentError(f"splits has {len(splits)} parts; give training, validation and test cells.")
     parts = tuple(np.sort(np.asarray(part, dtype=np.int64)) for part in splits)
     cells, times = np.unique(np.concatenate(parts), return_counts=True)
+    if len(cells) and not 0 <= cells[0] <= cells[-1] < n_obs:
+        wrong = cells[0] if cells[0] < 0 else cells[-1]
+        raise InvalidArgumentError(f"splits holds {wrong}; the {n_obs} cells have positions 0 to {n_obs - 1}.")
     if (times > 1).any():
         raise InvalidArgumentError(f"splits holds the cell {cells[times > 1][0]} twice. Each may be in one part only.")
     if len(parts[0]) == 0:

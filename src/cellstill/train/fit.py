@@ -11,7 +11,14 @@ import pandas as pd
 import torch
 
 from cellstill._compat.malloc import keeping_freed_memory
-from cellstill.errors import InvalidArgumentError, StoreError, check_option
+from cellstill.errors import (
+    InvalidArgumentError,
+    StoreError,
+    above_zero,
+    at_least_zero,
+    check_option,
+    whole_number,
+)
 from cellstill.nn.compiled import kernels
 from cellstill.train.best import KeepBest
 from cellstill.train.checkpoint import describe_run, read_checkpoint
@@ -131,6 +138,10 @@ def fit(
     Every process holds the data: its own copy of the counts in memory, unless they are mapped from a file, and on each
     GPU if they fit.
     """
+    max_epochs = whole_number("max_epochs", max_epochs, least=0)
+    patience = None if patience is None else whole_number("patience", patience, least=0)
+    min_delta = at_least_zero("min_delta", min_delta)
+    gradient_clip = None if gradient_clip is None else above_zero("gradient_clip", gradient_clip)
     check_option("accelerator", accelerator, ACCELERATORS)
     check_option("precision", precision, PRECISIONS)
     if resume and checkpoint is None:
@@ -138,6 +149,8 @@ def fit(
     if checkpoint is not None and os.path.exists(checkpoint) and not resume:
         raise StoreError(f"{checkpoint} exists. Pass resume=True to go on from it, or choose another checkpoint.")
     n_obs = len(train.cells) if hasattr(train, "cells") else None
+    if obs_names is not None and hasattr(train, "counts") and len(obs_names) != train.counts.shape[0]:
+        raise InvalidArgumentError(f"obs_names has {len(obs_names)} names; {train.counts.shape[0]} cells are counted.")
     plan = Plan(module, lr=lr, own_lr=own_lr, weight_decay=weight_decay, kl_warmup=kl_warmup, n_obs=n_obs)
     if max_epochs < 1:
         module.eval()

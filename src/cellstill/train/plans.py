@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from lightning.pytorch import LightningModule
 
-from cellstill.errors import InvalidArgumentError, TrainingError
+from cellstill.errors import InvalidArgumentError, TrainingError, at_least_zero, check_option
 from cellstill.nn.compiled import kernels
 from cellstill.train.adamw import CompiledAdamW, fits
 from cellstill.train.fault import Fault, listed
@@ -133,7 +133,8 @@ class Plan(LightningModule):
     Raises
     ------
     InvalidArgumentError
-        ``kl_warmup`` is out of range, or the module's ``loss`` takes no ``kl_weight``.
+        A rate, ``weight_decay`` or ``kl_warmup`` is out of range, ``own_lr`` names no parameter, the module has no
+        ``loss``, or one that takes no ``kl_weight``.
     """
 
     def __init__(
@@ -147,10 +148,18 @@ class Plan(LightningModule):
         n_obs: int | None = None,
     ) -> None:
         super().__init__()
+        if not callable(getattr(module, "loss", None)):
+            raise InvalidArgumentError(
+                f"module={type(module).__name__} has no loss. Give it a method loss(batch) that returns the loss of "
+                "each cell, or a cellstill.train.Loss."
+            )
+        known = [name for name, _ in module.named_parameters()]
+        for name in own_lr or {}:
+            check_option("own_lr", name, known)
         self.module = module
-        self.lr = lr
-        self.own_lr = dict(own_lr or {})
-        self.weight_decay = weight_decay
+        self.lr = at_least_zero("lr", lr)
+        self.own_lr = {name: at_least_zero(f"own_lr[{name!r}]", rate) for name, rate in (own_lr or {}).items()}
+        self.weight_decay = at_least_zero("weight_decay", weight_decay)
         self.kl_warmup = kl_warmup
         self.sums = LossSums()
         self._good: dict[str, torch.Tensor] = {}
@@ -181,6 +190,11 @@ class Plan(LightningModule):
                 f"{type(self.module).__name__}.loss returned a tensor of shape {tuple(loss.shape)}. Return the loss of "
                 "each cell, shape (n,), or a cellstill.train.Loss."
             )
+        if len(loss) != len(batch.get("rows", loss)):
+            raise InvalidArgumentError(
+                f"{type(self.module).__name__}.loss returned {len(loss)} losses for a minibatch of "
+                f"{len(batch['rows'])} cells. Return one for each."
+            )
         return Loss(loss.mean(dtype=_at_least_float32(loss)), loss.detach(), len(loss))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -198,7 +212,9 @@ class Plan(LightningModule):
         parameters = [parameter for group in groups for parameter in group["params"]]
         if kernels(parameters[0].device) is not None and all(map(fits, parameters)):
             return CompiledAdamW(groups)
-        return torch.optim.AdamW(groups, fused=True)
+        # Lightning cannot clip what a fused optimiser of mixed precision would be given.
+        clips = self._trainer is not None and self._trainer.gradient_clip_val is not None
+        return torch.optim.AdamW(groups, fused=not clips)
 
     def on_train_start(self) -> None:
         """Plan the warm-up of a ``Trainer``'s run."""
@@ -254,6 +270,14 @@ class Plan(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the training losses."""
         self._log_epoch("train")
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Add a minibatch to the test loss."""
+        self.sums.add(self.evaluate(batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test losses."""
+        self._log_epoch("test")
 
     def _log_epoch(self, split: str) -> None:
         losses = self.sums.pop(split)
