@@ -124,8 +124,7 @@ class Cells:
         CellstillWarning
             Cells of a MuData without a single count of a modality: they are taken to lack it.
         """
-        columns = {*keys.columns, *keys.continuous}
-        obs = gather_obs(data, {column: argument for column, argument in keys.arguments.items() if column in columns})
+        obs = gather_obs(data, keys.used)
         names, codes = encode(obs, keys, categories, extend=extend)
         continuous, used_scales = standardise(obs, keys.continuous, scales)
         counts, present, used_features, overlap = {}, {}, {}, {}

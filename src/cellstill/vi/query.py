@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cellstill._compat.scvi import MINIFIED, minified_type
-from cellstill.data.annotations import complete_obs, is_mudata
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.differential import Differential
@@ -86,9 +85,6 @@ class Query(Differential):
         if minified_type(adata) == MINIFIED:
             raise InvalidArgumentError("adata is minified, and mapping needs counts. Give cells with counts.")
         keys, setup = reference._keys, reference._setup
-        used = {*keys.columns, *keys.continuous}
-        if is_mudata(adata):
-            complete_obs(adata, {column: name for column, name in keys.arguments.items() if column in used})
         cells = Cells.read(
             adata,
             keys,
