@@ -31,6 +31,7 @@ from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.containers import check_whole
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
@@ -379,11 +380,11 @@ class RegularizedModel(MinifiableModel):
             module = VAEConfig.from_dict(config["module"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry = cls._registry_of(config["setup"], config["categories"])
         if data is not None:
-            cls._register(data, keys, config["setup"], registry)
+            check_whole(data, "mdata" if "roles" in config["setup"] else "adata")
+        registry = cls._registry_of(config["setup"], config["categories"])
         model = cls.__new__(cls)
-        model._start(data, registry if data is None else None, config["seed"], restored)
+        model._start(None, registry, config["seed"], restored)
         model._build(module, None)
         state = {name: torch.from_numpy(array) for name, array in _group(tensors, "module.").items()}
         try:
@@ -398,7 +399,9 @@ class RegularizedModel(MinifiableModel):
         model.is_trained_ = config["trained"]
         model._take_only_new(config.get("known_rows"))
         if data is not None:
-            model._cells(counts=False)
+            model._cells(data, counts=False)  # says what does not fit before anything is written into them
+            cls._register(data, keys, config["setup"], registry)
+            model._attach_data(data)
         model.to_device(place)
         return model
 

@@ -15,6 +15,7 @@ from cellstill.vi.analysis import Analysis
 from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells
 from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
+from cellstill.vi.containers import check_mudata
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
@@ -230,8 +231,8 @@ class RegularizedMultimodalVI(Analysis):
         InvalidCountsError
             A matrix does not hold counts.
         InvalidArgumentError
-            A role can be neither found nor guessed, or covariates are wrong (see
-            :meth:`AmbientRegularizedSCVI.setup_anndata`).
+            A role can be neither found nor guessed, covariates are wrong (see
+            :meth:`AmbientRegularizedSCVI.setup_anndata`), or data are a view or no MuData.
 
         Warns
         -----
@@ -239,10 +240,7 @@ class RegularizedMultimodalVI(Analysis):
             Cells without counts of a modality; categories of the ambient, dispersion or library size covariates that
             differ by a factor per feature of RNA.
         """
-        if not hasattr(mdata, "mod"):
-            raise InvalidArgumentError(
-                "mdata is not a MuData. Give one: mudata.MuData({'rna': adata, ...}); or use AmbientRegularizedSCVI."
-            )
+        check_mudata(mdata)
         if modalities is None:
             modalities = list(mdata.mod)
         layers = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities)
@@ -310,7 +308,10 @@ class RegularizedMultimodalVI(Analysis):
         StoreError
             The folder is absent, damaged, of another class, or from a newer cellstill.
         InvalidArgumentError
-            There is no such device.
+            There is no such device; or the data are a view, an AnnData where the model has several modalities, or have
+            categories that the model does not know.
+        MissingKeyError, InvalidCountsError, GeneMismatchError
+            The data do not fit the model: a column or layer is absent, it does not hold counts, or features are others.
         """
         return cls._load(dir_path, mdata, accelerator, device)
 

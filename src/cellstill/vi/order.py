@@ -54,7 +54,7 @@ def order_of(data: AnnData | MuData, name: str, features: Sequence[str], *, name
         shown = ", ".join(repr(str(feature)) for feature in [*lacking[:2], *others[:2]])
         warnings.warn(
             f"The data lack {len(lacking)} of the model's {len(known)} features of {name!r} and have {len(others)} "
-            f"others ({shown}, for instance): the result has the model's features in the model's order, not the data's. "
+            f"others ({shown}, for instance): the result has the model's features in the model's order. "
             "get_var_names() has their names, and get_normalized_expression(return_numpy=False) a table with names.",
             CellstillWarning,
             stacklevel=4,

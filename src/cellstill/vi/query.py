@@ -12,6 +12,7 @@ import numpy as np
 from cellstill._compat.scvi import MINIFIED, minified_type
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
+from cellstill.vi.containers import check_whole
 from cellstill.vi.differential import Differential
 from cellstill.vi.growth import grow
 from cellstill.vi.rates import Rate
@@ -80,8 +81,7 @@ class Query(Differential):
             Features are missing, or counts do not identify an ambient rate.
         """
         reference = cls._reference(reference_model)
-        if adata.is_view:
-            raise InvalidArgumentError("adata is a view of other data. Pass a copy: adata.copy().")
+        check_whole(adata, "adata")
         if minified_type(adata) == MINIFIED:
             raise InvalidArgumentError("adata is minified, and mapping needs counts. Give cells with counts.")
         keys, setup = reference._keys, reference._setup
