@@ -97,6 +97,22 @@ def test_loading_says_what_data_lack_and_leaves_them_as_they_are(rna):
         AmbientRegularizedSCVI.load(rna, adata)
 
 
+def test_set_up_again_follows_corrected_modalities():
+    mdata = make_mudata()
+    RegularizedMultimodalVI.setup_mudata(mdata, batch_key="lane")
+    for one in mdata.mod.values():
+        one.obs["lane"] = ["u"] * 15 + ["v"] * 5
+    RegularizedMultimodalVI.setup_mudata(mdata, batch_key="lane")
+    model = RegularizedMultimodalVI(mdata, **SMALL)
+    assert list(mdata.obs["lane"]) == list(mdata["rna"].obs["lane"])
+    assert model.adata_manager.get_from_registry("batch").ravel().tolist() == [0] * 15 + [1] * 5
+    mdata["prot"].obs["lane"] = "w"
+    with refused(
+        "batch_key: modalities give cell 'cell0' different values of 'lane' ('u' and 'w'). Set mdata.obs['lane']"
+    ):
+        RegularizedMultimodalVI.setup_mudata(mdata, batch_key="lane")
+
+
 def test_loading_finds_columns_of_modalities(joint):
     model = RegularizedMultimodalVI.load(joint, make_mudata())
     codes = model.adata_manager.get_from_registry("batch").ravel()

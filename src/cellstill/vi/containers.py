@@ -24,8 +24,8 @@ def check_mudata(mdata: Any) -> None:
     """Raise :class:`~cellstill.errors.InvalidArgumentError` unless it is a MuData, and not a view."""
     if not is_mudata(mdata):
         raise InvalidArgumentError(
-            f"mdata is of type {type(mdata).__name__}, not a MuData. Give one: mudata.MuData({{'rna': adata, ...}}); or "
-            "use AmbientRegularizedSCVI."
+            f"mdata is of type {type(mdata).__name__}, not a MuData. Give one: mudata.MuData({{'rna': adata, ...}}); "
+            "or use AmbientRegularizedSCVI."
         )
     check_whole(mdata, "mdata")
 

@@ -215,7 +215,8 @@ class RegularizedMultimodalVI(Analysis):
             ``"atac"`` or ``"protein"``; guessed from common names where left out.
         batch_key, ambient_covariate_keys, nn_conditioning_covariate_keys, dispersion_key, library_size_key
             See :meth:`AmbientRegularizedSCVI.setup_anndata`. Columns are looked for in ``mdata.obs``, then in ``obs``
-            of the modalities; ``"modality:column"`` names one of those.
+            of the modalities; ``"modality:column"`` names one of those. What only modalities have is copied to
+            ``mdata.obs``, and the copy follows them when they are corrected, unless it was changed itself.
         feature_scaling_covariate_keys
             Columns whose categories have a factor per feature, in all modalities. ``None`` is the conditioning keys,
             in the modalities whose role has feature scaling: ATAC.
