@@ -298,8 +298,9 @@ class RegularizedMultimodalVI(Analysis):
         dir_path
             Folder.
         mdata
-            Data to attach; features are matched by name, in any order. ``None`` attaches those that were saved with the
-            model, if any; ``False`` attaches none.
+            Data to attach; features are matched by name, in any order, and results have them in that order (see
+            :meth:`get_normalized_expression`). ``None`` attaches those that were saved with the model, if any;
+            ``False`` attaches none.
         accelerator, device
             Where the model goes: ``"cpu"``, ``"gpu"``, or ``"auto"``, a CUDA device if there is one; and the number of
             that device. :meth:`to_device` moves it later. Training chooses its own device.

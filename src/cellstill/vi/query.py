@@ -49,7 +49,8 @@ class Query(Differential):
         ----------
         adata
             New cells, with the columns and layers that the reference was set up with, which are set up here.
-            Features are matched by name; missing ones count as zero. Not a view.
+            Features are matched by name; missing ones count as zero. Results without names have them in the order of
+            these data (see :meth:`get_normalized_expression`). Not a view.
         reference_model
             Trained model of this class, or the folder that one was saved to. It is not changed.
         unfrozen
