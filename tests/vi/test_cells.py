@@ -376,6 +376,27 @@ def test_codes_are_those_of_the_registry_of_a_mudata(unpaired, caplog):
     assert caplog.messages == []
 
 
+def test_copies_of_columns_follow_the_modalities_until_they_are_changed(unpaired, tmp_path):
+    mdata, _ = unpaired
+    complete_obs(mdata, LANE.arguments)
+    for again in (mdata, mdata[::2].copy(), reread(mdata, tmp_path / "cells.h5mu")):
+        for one in again.mod.values():
+            one.obs["lane"] = one.obs["lane"].astype(str) + "!"
+        corrected = [*again.obs["lane"].astype(str) + "!"]
+        assert read(again, LANE, BOTH).categories["lane"] == tuple(sorted(set(corrected)))
+        complete_obs(again, LANE.arguments)
+        assert list(again.obs["lane"]) == corrected
+        # What users write into mdata.obs goes before what modalities say, as ever.
+        again.obs["lane"] = ["own"] * again.n_obs
+        assert list(complete_obs(again, LANE.arguments)["lane"]) == ["own"] * again.n_obs
+        assert list(again.obs["lane"]) == ["own"] * again.n_obs
+
+
+def reread(mdata, path):
+    mdata.copy().write(path)
+    return mudata.read_h5mu(path)
+
+
 def assert_registered(manager, cells, keys):
     names = registered_categories(manager)
     for key, column in keys.registered.items():

@@ -87,11 +87,15 @@ OBSERVED_LIB_SIZE = BaseModelClass._OBSERVED_LIB_SIZE_KEY
 class MinifiableModel(RegisteredModel, BaseMinifiedModeModelClass):
     """A model whose data may be minified: ``minified_data_type`` says how."""
 
+    def _attach_data(self, data: AnnData | MuData) -> None:
+        """Attach registered data."""
+        self._register_manager_for_instance(self._get_most_recent_anndata_manager(data, required=True))
+        self.adata = data
+
     def _replace_data(self, data: AnnData | MuData) -> None:
         """Attach other registered data, and keep nothing of those before."""
         before = self.adata_manager.adata_uuid
-        self._register_manager_for_instance(self._get_most_recent_anndata_manager(data, required=True))
-        self.adata = data
+        self._attach_data(data)
         self._per_instance_manager_store[self.id].pop(before, None)
 
 

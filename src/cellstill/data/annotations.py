@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("cellstill")
 
+_TWIN = "_copied_"
+"""Before the name of a column that was copied to ``mdata.obs``: the copy as it was made."""
+
 
 def is_mudata(data: AnnData | MuData) -> bool:
     """Say whether data have modalities."""
@@ -53,7 +56,8 @@ def gather_obs(data: AnnData | MuData, arguments: Mapping[str, str]) -> pd.DataF
     """Collect columns of all cells.
 
     A column of a MuData is looked for in ``mdata.obs``, and then in ``obs`` of its modalities, which may each know some
-    of the cells. ``"modality:column"`` names the column of one modality.
+    of the cells. ``"modality:column"`` names the column of one modality. What :func:`complete_obs` copied to
+    ``mdata.obs`` is read from the modalities again, as long as nobody has changed the copy.
 
     Parameters
     ----------
@@ -83,12 +87,13 @@ def gather_obs(data: AnnData | MuData, arguments: Mapping[str, str]) -> pd.DataF
 def complete_obs(data: AnnData | MuData, arguments: Mapping[str, str]) -> pd.DataFrame:
     """Collect columns like :func:`gather_obs`, and put those that only modalities have into ``mdata.obs``.
 
-    There scvi-tools' registry finds them. The log names them.
+    There scvi-tools' registry finds them. The log names them. Each has a twin, by which it is later known for a copy:
+    it follows the modalities until it is changed itself.
     """
     obs = gather_obs(data, arguments)
-    added = [column for column in obs if column not in data.obs]
+    added = [column for column in arguments if column not in data.obs or not _equal(data.obs[column], obs[column])]
     for column in added:
-        data.obs[column] = obs[column].array
+        data.obs[column] = data.obs[_TWIN + column] = obs[column].array
     if added:
         _log.info("Copied to mdata.obs from its modalities: %s.", ", ".join(map(repr, added)))
     return obs
@@ -100,7 +105,8 @@ def category_names(values: pd.Series) -> tuple[str, ...]:
 
 
 def _mudata_column(mdata: MuData, column: str, argument: str) -> pd.Series:
-    values = mdata.obs[column] if column in mdata.obs else _from_modalities(mdata, column, argument)
+    own = column in mdata.obs and not (_is_copy(mdata, column) and _sources(mdata, column))
+    values = mdata.obs[column] if own else _from_modalities(mdata, column, argument)
     missing = values.isna().to_numpy()
     if missing.any():
         shown = ", ".join(repr(str(name)) for name in mdata.obs_names[missing][:3])
@@ -111,12 +117,26 @@ def _mudata_column(mdata: MuData, column: str, argument: str) -> pd.Series:
     return values
 
 
-def _from_modalities(mdata: MuData, column: str, argument: str) -> pd.Series:
+def _equal(one: pd.Series, other: pd.Series) -> bool:
+    # Files and slices change types, not values.
+    return one.equals(other) or list(one.astype(str)) == list(other.astype(str))
+
+
+def _is_copy(mdata: MuData, column: str) -> bool:
+    """Whether a column of ``mdata.obs`` is what :func:`complete_obs` put there."""
+    return _TWIN + column in mdata.obs and _equal(mdata.obs[column], mdata.obs[_TWIN + column])
+
+
+def _sources(mdata: MuData, column: str) -> dict[str, pd.Series]:
+    """Columns of modalities that a name stands for."""
     prefix, _, rest = column.partition(":")
     if rest and prefix in mdata.mod and rest in mdata[prefix].obs:
-        sources = {prefix: mdata[prefix].obs[rest]}
-    else:
-        sources = {name: mod.obs[column] for name, mod in mdata.mod.items() if column in mod.obs}
+        return {prefix: mdata[prefix].obs[rest]}
+    return {name: mod.obs[column] for name, mod in mdata.mod.items() if column in mod.obs}
+
+
+def _from_modalities(mdata: MuData, column: str, argument: str) -> pd.Series:
+    sources = _sources(mdata, column)
     if not sources:
         inside = [f"{name}:{key}" for name, mod in mdata.mod.items() for key in mod.obs.columns]
         check_key(argument, column, "mdata.obs (and its modalities)", dict.fromkeys([*mdata.obs.columns, *inside]))

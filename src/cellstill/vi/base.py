@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_record
-from cellstill.data.annotations import gather_obs, is_mudata
+from cellstill.data.annotations import complete_obs, gather_obs, is_mudata
 from cellstill.errors import (
     InvalidArgumentError,
     NotTrainedError,
@@ -31,11 +31,13 @@ from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
+from cellstill.vi.containers import check_whole
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
+from cellstill.vi.order import order_of
 from cellstill.vi.rates import Rate
 from cellstill.vi.roles import ROLES
 from cellstill.vi.start import start_from_data
@@ -378,11 +380,11 @@ class RegularizedModel(MinifiableModel):
             module = VAEConfig.from_dict(config["module"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry = cls._registry_of(config["setup"], config["categories"])
         if data is not None:
-            cls._register(data, keys, config["setup"], registry)
+            check_whole(data, "mdata" if "roles" in config["setup"] else "adata")
+        registry = cls._registry_of(config["setup"], config["categories"])
         model = cls.__new__(cls)
-        model._start(data, registry if data is None else None, config["seed"], restored)
+        model._start(None, registry, config["seed"], restored)
         model._build(module, None)
         state = {name: torch.from_numpy(array) for name, array in _group(tensors, "module.").items()}
         try:
@@ -397,7 +399,9 @@ class RegularizedModel(MinifiableModel):
         model.is_trained_ = config["trained"]
         model._take_only_new(config.get("known_rows"))
         if data is not None:
-            model._cells(counts=False)
+            model._cells(data, counts=False)  # says what does not fit before anything is written into them
+            cls._register(data, keys, config["setup"], registry)
+            model._attach_data(data)
         model.to_device(place)
         return model
 
@@ -430,6 +434,7 @@ class RegularizedModel(MinifiableModel):
         if is_mudata(data):
             # Cells may lack modalities, and so may all of them.
             where = {"layers": {name: layer for name, layer in layers.items() if name in data.mod}}
+            complete_obs(data, keys.used)
         else:
             where = {"layer": layers[next(iter(layers))]}
         register(
@@ -490,6 +495,11 @@ class RegularizedModel(MinifiableModel):
             allow_missing_modalities=len(self._layers) > 1,
             allow_noninteger=self._setup["allow_noninteger"],
         )
+
+    def _order(self, data: AnnData | MuData | None, name: str, *, named: bool = False) -> np.ndarray | slice:
+        """Positions of a modality's features in the order of data; ``None`` is the model's own."""
+        given = self._require_data() if data is None else data
+        return order_of(given, name, self._features[name], named=named)
 
     def _column_codes(self, column: str) -> np.ndarray:
         values = gather_obs(self._require_data(), {column: "stratify_validation_key"})[column]

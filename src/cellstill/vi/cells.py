@@ -124,12 +124,12 @@ class Cells:
         CellstillWarning
             Cells of a MuData without a single count of a modality: they are taken to lack it.
         """
-        columns = {*keys.columns, *keys.continuous}
-        obs = gather_obs(data, {column: argument for column, argument in keys.arguments.items() if column in columns})
+        modalities = _modalities(data, layers, allow_missing_modalities)
+        obs = gather_obs(data, keys.used)
         names, codes = encode(obs, keys, categories, extend=extend)
         continuous, used_scales = standardise(obs, keys.continuous, scales)
         counts, present, used_features, overlap = {}, {}, {}, {}
-        for name, (adata, rows) in _modalities(data, layers, allow_missing_modalities).items():
+        for name, (adata, rows) in modalities.items():
             wanted = None if features is None else features[name]
             if adata is None:
                 if wanted is None:

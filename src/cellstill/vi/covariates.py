@@ -189,6 +189,12 @@ class CovariateKeys:
         return named
 
     @property
+    def used(self) -> dict[str, str]:
+        """Those of :attr:`arguments` that the model uses."""
+        used = {*self.columns, *self.continuous}
+        return {column: argument for column, argument in self.arguments.items() if column in used}
+
+    @property
     def registered(self) -> dict[str, str]:
         """Categorical column of each key of the registry: ``"batch"``, and ``"covariate_{column}"`` for the others."""
         return {"batch" if column == self.batch else f"covariate_{column}": column for column in self.columns}

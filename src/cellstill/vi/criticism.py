@@ -16,6 +16,7 @@ from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
 from cellstill.vi.module import Latent
+from cellstill.vi.order import in_order
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -156,7 +157,13 @@ class Criticism(Getters):
         CSR, float32, shape ``(n, n_features)``, which fits into ``layers``; with several draws a ``sparse.GCXS`` of
         shape ``(n, n_features, n_samples)``, as scvi-tools' models give it to
         ``scvi.criticism.PosteriorPredictiveCheck``. A dictionary by modality where there are several and none is named;
-        cells that lack one have no counts of it.
+        cells that lack one have no counts of it. Features are in the order of the data
+        (see :meth:`get_normalized_expression`).
+
+        Warns
+        -----
+        CellstillWarning
+            The features of the data are not the model's: those of the result are the model's, in the model's order.
         """
         names = self.modality_names if modality is None else [self._modality(modality)]
         if n_samples < 1:
@@ -168,7 +175,10 @@ class Criticism(Getters):
                     z = block.latent.sample()
                     for name in names:
                         drawn[name][number].append(self._drawn(block, name, z))
-        each = {name: _joined([sp.vstack(parts, format="csr") for parts in samples]) for name, samples in drawn.items()}
+        each: dict[str, Sample] = {}
+        for name, samples in drawn.items():
+            order = self._order(adata, name)
+            each[name] = _joined([in_order(sp.vstack(parts, format="csr"), order) for parts in samples])
         return each if len(each) > 1 else each[names[0]]
 
     def _drawn(self, block: Block, name: str, z: torch.Tensor) -> sp.csr_matrix:

@@ -20,6 +20,7 @@ from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.base import RegularizedModel
 from cellstill.vi.denoising import expected_parts
 from cellstill.vi.evaluation import blocks, expected_means, native_expression, to_numpy
+from cellstill.vi.order import in_order
 from cellstill.vi.parts import Background
 
 if TYPE_CHECKING:
@@ -200,18 +201,27 @@ class Getters(RegularizedModel):
 
         Returns
         -------
-        DataFrame of cells x features; an array with ``return_numpy``; what was written to, with ``out``.
+        DataFrame of cells x features; an array with ``return_numpy``; what was written to, with ``out``. Features are
+        those of ``gene_list``, or all in the order of ``adata``, or of the model's own data. Where these lack some of
+        the model's, have others, or do not have the modality, all of the model's, in that of :meth:`get_var_names`.
 
         Raises
         ------
         InvalidArgumentError
             An unknown modality, feature, category or library size.
+
+        Warns
+        -----
+        CellstillWarning
+            The features of the data are not the model's, and the result has no names.
         """
         self._require_trained()
         name = self._modality(modality)
         _check_library_size(library_size)
         targets = self._targets(transform_batch)
         columns = gene_positions(self._features[name], gene_list, "gene_list")
+        if gene_list is None:
+            columns = self._order(adata, name, named=out is None and not return_numpy)
         names = np.asarray(self._features[name], dtype=object)[columns]
         cells = self._cells(adata, counts=False)[indices]
         with output_array(out, (len(cells), len(names))) as result:
@@ -351,14 +361,21 @@ class Getters(RegularizedModel):
 
         Returns
         -------
-        CSR, float32, shape ``(n, n_features)``; without stored zeros.
+        CSR, float32, shape ``(n, n_features)``; without stored zeros. Features are in the order of the data (see
+        :meth:`get_normalized_expression`), so that it fits into their ``layers``.
+
+        Warns
+        -----
+        CellstillWarning
+            The features of the data are not the model's: those of the result are the model's, in the model's order.
         """
         self._require_trained()
         name = self._modality(modality)
         cells = self._cells(adata)[indices]
         counts = cells.counts[name].astype(np.float32, copy=True)
+        order = self._order(adata, name)
         if self.module.modality(name).background is None:
-            return counts
+            return in_order(counts, order)
         rng = np.random.default_rng(seed)
         for block in blocks(self.module, cells, batch_size):
             rows = block.rows
@@ -367,7 +384,7 @@ class Getters(RegularizedModel):
             parts = expected_parts(self.module, name, block, np.repeat(np.arange(len(lengths)), lengths))
             counts.data[stored] = parts.native_counts(counts.data[stored], rng if integer else None)
         counts.eliminate_zeros()
-        return counts
+        return in_order(counts, order)
 
     def _modality(self, name: str | None) -> str:
         names = self.modality_names

@@ -94,8 +94,7 @@ def read_minified(
                 f"obsm[{key!r}] has the shape {stored[key].shape}, and this model's is {(data.n_obs, width)}: the data "
                 "were minified by another model. Give data with counts, or those that this model minified."
             )
-    columns = {*keys.columns, *keys.continuous}
-    obs = gather_obs(data, {column: argument for column, argument in keys.arguments.items() if column in columns})
+    obs = gather_obs(data, keys.used)
     known, codes = encode(obs, keys, categories)
     continuous, used = standardise(obs, keys.continuous, scales)
     posterior = {"latent/mean": stored[QZM], "latent/variance": stored[QZV]}

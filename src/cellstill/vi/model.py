@@ -15,6 +15,7 @@ from cellstill.errors import InvalidArgumentError
 from cellstill.vi.analysis import Analysis
 from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.config import NATIVE_SPARSITY, Background, ModalityConfig
+from cellstill.vi.containers import check_anndata
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
@@ -264,7 +265,7 @@ class AmbientRegularizedSCVI(Analysis):
         GeneMismatchError
             A gene name occurs twice.
         InvalidArgumentError
-            ``batch_key`` beside a key it stands for, missing values in a column, or a view.
+            ``batch_key`` beside a key it stands for, missing values in a column, or data that are a view or no AnnData.
 
         Warns
         -----
@@ -272,8 +273,7 @@ class AmbientRegularizedSCVI(Analysis):
             Categories of the ambient, dispersion or library size covariates differ by a factor per gene, as
             technologies do, and no key takes that up.
         """
-        if adata.is_view:
-            raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
+        check_anndata(adata)
         keys = CovariateKeys.resolve(
             batch_key=batch_key,
             ambient_covariate_keys=ambient_covariate_keys,
@@ -322,8 +322,9 @@ class AmbientRegularizedSCVI(Analysis):
         dir_path
             Folder.
         adata
-            Data to attach; genes are matched by name, in any order. ``None`` attaches those that were saved with the
-            model, if any; ``False`` attaches none.
+            Data to attach; genes are matched by name, in any order, and results have them in that order (see
+            :meth:`get_normalized_expression`). ``None`` attaches those that were saved with the model, if any;
+            ``False`` attaches none.
         accelerator, device
             Where the model goes: ``"cpu"``, ``"gpu"``, or ``"auto"``, a CUDA device if there is one; and the number of
             that device. :meth:`to_device` moves it later. Training chooses its own device.
@@ -333,6 +334,9 @@ class AmbientRegularizedSCVI(Analysis):
         StoreError
             The folder is absent, damaged, of another class, or from a newer cellstill.
         InvalidArgumentError
-            There is no such device.
+            There is no such device; or the data are a view, no AnnData, or have categories that the model does not
+            know.
+        MissingKeyError, InvalidCountsError, GeneMismatchError
+            The data do not fit the model: a column or layer is absent, it does not hold counts, or genes are others.
         """
         return cls._load(dir_path, adata, accelerator, device)

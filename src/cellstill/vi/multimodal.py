@@ -15,6 +15,7 @@ from cellstill.vi.analysis import Analysis
 from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells
 from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
+from cellstill.vi.containers import check_mudata
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
@@ -214,7 +215,8 @@ class RegularizedMultimodalVI(Analysis):
             ``"atac"`` or ``"protein"``; guessed from common names where left out.
         batch_key, ambient_covariate_keys, nn_conditioning_covariate_keys, dispersion_key, library_size_key
             See :meth:`AmbientRegularizedSCVI.setup_anndata`. Columns are looked for in ``mdata.obs``, then in ``obs``
-            of the modalities; ``"modality:column"`` names one of those.
+            of the modalities; ``"modality:column"`` names one of those. What only modalities have is copied to
+            ``mdata.obs``, and the copy follows them when they are corrected, unless it was changed itself.
         feature_scaling_covariate_keys
             Columns whose categories have a factor per feature, in all modalities. ``None`` is the conditioning keys,
             in the modalities whose role has feature scaling: ATAC.
@@ -230,8 +232,8 @@ class RegularizedMultimodalVI(Analysis):
         InvalidCountsError
             A matrix does not hold counts.
         InvalidArgumentError
-            A role can be neither found nor guessed, or covariates are wrong (see
-            :meth:`AmbientRegularizedSCVI.setup_anndata`).
+            A role can be neither found nor guessed, covariates are wrong (see
+            :meth:`AmbientRegularizedSCVI.setup_anndata`), or data are a view or no MuData.
 
         Warns
         -----
@@ -239,10 +241,7 @@ class RegularizedMultimodalVI(Analysis):
             Cells without counts of a modality; categories of the ambient, dispersion or library size covariates that
             differ by a factor per feature of RNA.
         """
-        if not hasattr(mdata, "mod"):
-            raise InvalidArgumentError(
-                "mdata is not a MuData. Give one: mudata.MuData({'rna': adata, ...}); or use AmbientRegularizedSCVI."
-            )
+        check_mudata(mdata)
         if modalities is None:
             modalities = list(mdata.mod)
         layers = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities)
@@ -299,8 +298,9 @@ class RegularizedMultimodalVI(Analysis):
         dir_path
             Folder.
         mdata
-            Data to attach; features are matched by name, in any order. ``None`` attaches those that were saved with the
-            model, if any; ``False`` attaches none.
+            Data to attach; features are matched by name, in any order, and results have them in that order (see
+            :meth:`get_normalized_expression`). ``None`` attaches those that were saved with the model, if any;
+            ``False`` attaches none.
         accelerator, device
             Where the model goes: ``"cpu"``, ``"gpu"``, or ``"auto"``, a CUDA device if there is one; and the number of
             that device. :meth:`to_device` moves it later. Training chooses its own device.
@@ -310,7 +310,10 @@ class RegularizedMultimodalVI(Analysis):
         StoreError
             The folder is absent, damaged, of another class, or from a newer cellstill.
         InvalidArgumentError
-            There is no such device.
+            There is no such device; or the data are a view, an AnnData where the model has several modalities, or have
+            categories that the model does not know.
+        MissingKeyError, InvalidCountsError, GeneMismatchError
+            The data do not fit the model: a column or layer is absent, it does not hold counts, or features are others.
         """
         return cls._load(dir_path, mdata, accelerator, device)
 

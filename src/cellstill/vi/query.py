@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cellstill._compat.scvi import MINIFIED, minified_type
-from cellstill.data.annotations import complete_obs, is_mudata
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
+from cellstill.vi.containers import check_whole
 from cellstill.vi.differential import Differential
 from cellstill.vi.growth import grow
 from cellstill.vi.rates import Rate
@@ -49,7 +49,8 @@ class Query(Differential):
         ----------
         adata
             New cells, with the columns and layers that the reference was set up with, which are set up here.
-            Features are matched by name; missing ones count as zero. Not a view.
+            Features are matched by name; missing ones count as zero. Results without names have them in the order of
+            these data (see :meth:`get_normalized_expression`). Not a view.
         reference_model
             Trained model of this class, or the folder that one was saved to. It is not changed.
         unfrozen
@@ -81,14 +82,10 @@ class Query(Differential):
             Features are missing, or counts do not identify an ambient rate.
         """
         reference = cls._reference(reference_model)
-        if adata.is_view:
-            raise InvalidArgumentError("adata is a view of other data. Pass a copy: adata.copy().")
+        check_whole(adata, "adata")
         if minified_type(adata) == MINIFIED:
             raise InvalidArgumentError("adata is minified, and mapping needs counts. Give cells with counts.")
         keys, setup = reference._keys, reference._setup
-        used = {*keys.columns, *keys.continuous}
-        if is_mudata(adata):
-            complete_obs(adata, {column: name for column, name in keys.arguments.items() if column in used})
         cells = Cells.read(
             adata,
             keys,
