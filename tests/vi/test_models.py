@@ -654,3 +654,68 @@ def test_cells_that_lack_a_modality_have_a_library_size_like_that_of_the_others(
         modality="gex", library_size="latent", include_background=True, return_numpy=True
     ).sum(axis=1)
     assert 0.4 < np.median(predicted[lacks]) / np.median(predicted[~lacks]) < 2.5
+
+
+def test_going_on_training_appends_to_the_history(tmp_path):
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=2, train_size=1.0)
+    first = model.history_["loss_train"]
+    model.save(tmp_path / "model")
+    loaded = AmbientRegularizedSCVI.load(tmp_path / "model", adata)
+    for one in (model, loaded):
+        one.train(max_epochs=3, checkpoint=tmp_path / f"{id(one)}.safetensors")
+        whole = one.history_["loss_train"]
+        assert whole.index.tolist() == [0, 1, 2, 3, 4]
+        assert whole.index.name == "epoch"
+        np.testing.assert_array_equal(whole[:2], first)
+        # What was watched later has the epochs at which it was.
+        assert one.history_["loss_validation"].index.tolist() == [2, 3, 4]
+        # A finished run that is resumed is no further one.
+        one.train(max_epochs=3, checkpoint=tmp_path / f"{id(one)}.safetensors", resume=True)
+        pd.testing.assert_frame_equal(one.history_["loss_train"], whole)
+        assert one.train(max_epochs=0).history_["loss_train"] is one.history_["loss_train"]
+    loaded.save(tmp_path / "again")
+    again = AmbientRegularizedSCVI.load(tmp_path / "again", False)
+    for name, frame in loaded.history_.items():
+        pd.testing.assert_frame_equal(again.history_[name], frame)
+
+
+def test_none_is_the_default_of_batch_and_training_size(rna):
+    np.testing.assert_allclose(
+        rna.get_latent_representation(batch_size=None), rna.get_latent_representation(), rtol=1e-5, atol=1e-6
+    )
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1, batch_size=None, train_size=None)
+    other = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+    np.testing.assert_array_equal(model.get_latent_representation(), other.get_latent_representation())
+    for asks in (rna.get_latent_representation, rna.get_normalized_expression, rna.get_elbo, model.train):
+        with pytest.raises(InvalidArgumentError, match="batch_size=2.5 has to be an integer of at least 1"):
+            asks(batch_size=2.5)
+
+
+@pytest.mark.parametrize("indices", [3, np.int64(3), [[1, 2]]])
+def test_indices_are_a_list(rna, indices):
+    with pytest.raises(InvalidArgumentError, match=r"^indices=.* has [02] dimensions, not 1. Give a list"):
+        rna.get_latent_representation(indices=indices)
+
+
+def test_truth_values_are_counts_of_one():
+    is_there, ones = make(), make()
+    is_there.X = sp.csr_matrix(is_there.X).astype(bool)
+    ones.X = is_there.X.astype(np.float32)
+    latents = []
+    for adata in (is_there, ones):
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+        model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+        latents.append((model.get_latent_representation(), model.get_denoised_counts().toarray()))
+    np.testing.assert_array_equal(latents[0][0], latents[1][0])
+    np.testing.assert_array_equal(latents[0][1], latents[1][1])
+
+
+def test_a_column_of_several_types_is_refused():
+    adata = make()
+    adata.obs["run"] = pd.Series([1, "b"] * (N // 2), index=adata.obs_names, dtype=object)
+    with pytest.raises(InvalidArgumentError, match=r"^batch_key='run' mixes values of type int and str.*astype\(str\)"):
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="run")

@@ -266,7 +266,7 @@ def _terms_among_cells(
                 stratum = finer
                 used.add(key)
             else:
-                obs.iloc[rows, obs.columns.get_loc(key)] = _NOT_SHARED
+                obs[key] = obs[key].mask(np.isin(np.arange(len(obs)), rows), _NOT_SHARED)
                 if comparable:
                     unused.setdefault(key, []).append(name)
     for key, names in unused.items():

@@ -354,6 +354,15 @@ def _check_continuous(values: pd.Series) -> None:
 
 def _check_names(values: pd.Series, argument: str) -> None:
     names = values.astype(str).unique()
+    found = values.unique()
+    try:
+        sorted(found)
+    except TypeError as error:
+        types = sorted({type(value).__name__ for value in found})
+        raise InvalidArgumentError(
+            f"{argument}={values.name!r} mixes values of type {' and '.join(types)}, which have no order. Convert the "
+            f"column to one type: adata.obs[{values.name!r}] = adata.obs[{values.name!r}].astype(str)."
+        ) from error
     if len(names) < values.nunique():
         raise InvalidArgumentError(
             f"{argument}={values.name!r}: different values have the same name ({sorted(names)[:5]}), such as 1 and "
