@@ -16,7 +16,14 @@ import torch
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data.soup import expected_native
-from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.errors import (
+    CellstillError,
+    CellstillWarning,
+    InvalidArgumentError,
+    MissingKeyError,
+    NotTrainedError,
+    StoreError,
+)
 from cellstill.nn import normal
 from cellstill.vi.evaluation import blocks, expected_means
 from cellstill.vi.roles import resolve_roles
@@ -719,3 +726,57 @@ def test_a_column_of_several_types_is_refused():
     adata.obs["run"] = pd.Series([1, "b"] * (N // 2), index=adata.obs_names, dtype=object)
     with pytest.raises(InvalidArgumentError, match=r"^batch_key='run' mixes values of type int and str.*astype\(str\)"):
         AmbientRegularizedSCVI.setup_anndata(adata, batch_key="run")
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "instead"),
+    [
+        ("setup_anndata", "labels_key", "no part of the model knows labels"),
+        ("setup_anndata", "categorical_covariate_keys", "nn_conditioning_covariate_keys"),
+        ("__init__", "gene_likelihood", "likelihood='negative_binomial'"),
+        ("train", "plan_kwargs", "lr=, weight_decay= and kl_warmup="),
+    ],
+)
+def test_arguments_of_scvi_are_told_what_takes_their_place(rna, call, name, instead):
+    asks = {"setup_anndata": rna.setup_anndata, "__init__": AmbientRegularizedSCVI, "train": rna.train}[call]
+    given = () if call == "train" else (rna.adata,)
+    with pytest.raises(InvalidArgumentError, match=f"^{name} is an argument of .*, not of {call} here.*{instead}"):
+        asks(*given, **{name: "x"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        asks(*given, nonsense=1)
+
+
+def test_messages_name_what_the_user_wrote(rna, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"^dropout_rate=1 has to be at least 0 and below 1"):
+        AmbientRegularizedSCVI(rna.adata, dropout_rate=1)
+    with pytest.raises(MissingKeyError, match=r"batch_key='b' is not in adata.obs. adata.obs has: 'lane'") as error:
+        AmbientRegularizedSCVI.setup_anndata(rna.adata, batch_key="b")
+    assert any(column.startswith("_scvi") for column in rna.adata.obs)
+    assert "_scvi" not in str(error.value)
+    one_gene = make(n_vars=1)
+    one_gene.X = np.ones((N, 1), dtype=np.float32)
+    AmbientRegularizedSCVI.setup_anndata(one_gene, batch_key="lane")
+    with pytest.raises(InvalidArgumentError, match=rf"of \['a', 'b', 'c'\] cannot be .* are {N} and 1\."):
+        AmbientRegularizedSCVI(one_gene, n_hidden=8, n_latent=2)
+    new = make()[:1].copy()
+    new.obs["lane"] = "new"
+    message = rf"of \['new'\] cannot be .* 1 and {N_GENES}\. State it, ambient_rate=.'new': 0.1"
+    with pytest.raises(InvalidArgumentError, match=message):
+        AmbientRegularizedSCVI.load_query_data(new, rna)
+
+
+def test_a_single_modality_may_be_named_as_text():
+    mdata = make_mudata()
+    RegularizedMultimodalVI.setup_mudata(mdata, modalities="gex", modality_roles={"gex": "rna"})
+    assert RegularizedMultimodalVI(mdata, **SMALL).modality_names == ["gex"]
+
+
+def test_a_run_of_other_genes_is_one_of_other_data(tmp_path):
+    def train(n_vars, **settings):
+        adata = make(n_vars=n_vars)
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+        AmbientRegularizedSCVI(adata, **SMALL).train(1, checkpoint=tmp_path / "run.safetensors", **settings)
+
+    train(N_GENES)
+    with pytest.raises(StoreError, match="another run: its training and validation data, or the batch size or seed"):
+        train(N_GENES - 1, resume=True)

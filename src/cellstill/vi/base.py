@@ -32,6 +32,7 @@ from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
@@ -174,6 +175,7 @@ class RegularizedModel(MinifiableModel):
         """Names of the modalities, sorted."""
         return sorted(self._layers)
 
+    @names_what_to_use
     def train(
         self,
         max_epochs: int | None = None,
