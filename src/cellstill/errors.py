@@ -94,7 +94,8 @@ def check_key(argument: str, key: object, container: str, existing: Iterable[str
     """Raise unless ``key`` is in ``existing``, naming the container and listing the keys that exist."""
     existing = [str(name) for name in existing]
     if key not in existing:
-        found = ", ".join(repr(name) for name in existing) if existing else "no keys at all"
+        shown = [name for name in existing if not name.startswith("_scvi_")]  # those of scvi-tools' registry
+        found = ", ".join(map(repr, shown)) if shown else "no keys at all"
         raise MissingKeyError(f"{argument}={key!r} is not in {container}. {container} has: {found}.")
 
 

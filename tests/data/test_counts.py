@@ -87,7 +87,7 @@ def test_what_is_not_a_count_is_refused_wherever_it_is(dense, value, problem, ro
     matrix = sp.csr_matrix(dense.astype(np.float64))
     matrix[row, 0] = value
     adata = AnnData(matrix)
-    with pytest.raises(InvalidCountsError, match=rf"adata\.X holds .*{problem}.*cell '{row}'"):
+    with pytest.raises(InvalidCountsError, match=rf"adata\.X holds .*{problem}.*'{row}'; first values {value:g}\)"):
         check_counts(adata, chunk_size=8)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,13 +102,57 @@ def test_batches_of_one_sample_each_are_not_used():
     assert batch_terms(shared, ["batch"], CONTRAST, **ASKED)[1] == ["batch"]
     single = cells([(f"s{i}", "tc"[i % 2], f"lane{i}", "B") for i in range(4)])
     assert batch_terms(single, ["batch"], CONTRAST, **ASKED)[1] == []
-    assert batch_terms(single, ["batch"], CONTRAST, **{**ASKED, "sample_key": None})[1] == ["batch"]
     # What the second sample of a batch is in another group, or has too few cells, does not count.
     other = pd.concat([single, cells([("s8", "other", "lane0", "B")])])
     assert batch_terms(other, ["batch"], CONTRAST, **ASKED)[1] == []
     few = pd.concat([single, cells([("s8", "t", "lane0", "B")], 4)])
     assert batch_terms(few, ["batch"], CONTRAST, **ASKED)[1] == []
     assert batch_terms(few, ["batch"], CONTRAST, **{**ASKED, "min_cells": 4})[1] == ["batch"]
+
+
+NO_SAMPLES = {**ASKED, "sample_key": None}
+
+
+def test_without_samples_batches_are_used_where_the_groups_share_them():
+    """Of each group half of the cells, and two parts of ``min_cells``, in levels with ``min_cells`` cells of each."""
+    shared = cells([("s", group, batch, "B") for group in "tc" for batch in "xy"])
+    assert batch_terms(shared, ["batch"], CONTRAST, **NO_SAMPLES)[1] == ["batch"]
+    own = cells([(f"s{i}", "tc"[i % 2], f"lane{i}", "B") for i in range(4)])
+    message = "'batch' is no term of the design: 't' and 'c' share too few of its levels"
+    with pytest.warns(CellstillWarning, match=message):
+        obs, used = batch_terms(own, ["batch"], CONTRAST, **NO_SAMPLES)
+    assert used == []
+    assert set(obs["batch"]) == {"not shared by the groups"}
+    # One of four batches is shared: a quarter of the cells.
+    part = pd.concat([own, cells([("s4", "c", "lane0", "B"), ("s5", "t", "lane1", "B")], 4)])
+    with pytest.warns(CellstillWarning, match=message):
+        assert batch_terms(part, ["batch"], CONTRAST, **NO_SAMPLES)[1] == []
+    assert batch_terms(part, ["batch"], CONTRAST, **{**NO_SAMPLES, "min_cells": 4})[1] == ["batch"]
+    # Groups that are too small to compare at all are not the batches' fault.
+    small = cells([("s", group, batch, "B") for group in "tc" for batch in "xy"], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert batch_terms(small, ["batch"], CONTRAST, **NO_SAMPLES)[1] == []
+
+
+def test_without_samples_a_batch_has_to_be_shared_inside_those_before_it():
+    obs = cells([("s", group, batch, "B") for group in "tc" for batch in "xy"], 10)
+    # Balanced over the groups, but not inside the batches.
+    first = (obs["group"] == "t") == (obs["batch"] == "x")
+    obs["lane"] = np.where(first, "a", "b")
+    assert batch_terms(obs, ["lane"], CONTRAST, **NO_SAMPLES)[1] == ["lane"]
+    with pytest.warns(CellstillWarning, match="'lane' is no term"):
+        assert batch_terms(obs, ["batch", "lane"], CONTRAST, **NO_SAMPLES)[1] == ["batch"]
+
+
+def test_without_samples_each_level_has_the_batches_that_it_shares():
+    rows = [("s", group, batch, "B") for group in "tc" for batch in "xy"]
+    obs = cells([*rows, *[("s", "tc"[i % 2], "xy"[i % 2], "T") for i in range(4)]])
+    with pytest.warns(CellstillWarning, match="'batch' is no term of the design of type in 'T': 't' and 'c'"):
+        chosen, used = batch_terms(obs, ["batch"], CONTRAST, **{**NO_SAMPLES, "within": "type"})
+    assert used == ["batch"]
+    assert set(chosen["batch"][obs["type"] == "T"]) == {"not shared by the groups"}
+    pd.testing.assert_series_equal(chosen["batch"][obs["type"] == "B"], obs["batch"][obs["type"] == "B"])
 
 
 def test_the_columns_of_the_comparison_are_no_batches():

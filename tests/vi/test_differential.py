@@ -202,6 +202,28 @@ def test_without_samples_the_posterior_is_compared_with_a_warning(trained):
     assert np.isfinite(result.table["lfc_mean"]).all()
 
 
+def test_without_samples_batches_that_are_the_groups_are_left_out_with_a_warning(two_types):
+    """As where ``batch_key`` names samples, each of which has one condition."""
+    adata = two_types[:, :20].copy()
+    adata.obs["sample"] = adata.obs["donor"].astype(str) + "_" + adata.obs["condition"].astype(str)
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="sample", nn_conditioning_covariate_keys=["batch"])
+    model = AmbientRegularizedSCVI(adata, n_hidden=8, n_latent=2, background=False).train(max_epochs=1)
+    asked = {"groupby": "condition", "group1": "treat", "group2": "ctrl", "how": BayesianConfig(n_samples=2)}
+    with pytest.warns(CellstillWarning) as caught:
+        result = model.differential_expression(**asked)
+    said = [str(one.message) for one in caught]
+    assert [text.split(" ")[0] for text in said] == ["'sample'", "sample_key=None"]
+    assert result.design == "~ batch + condition"
+    with pytest.warns(CellstillWarning, match="sample_key=None"):
+        named = model.differential_expression(**asked, batch_keys=["batch"])
+    pd.testing.assert_frame_equal(result.table, named.table)
+    with (
+        pytest.warns(CellstillWarning, match="sample_key=None"),
+        pytest.raises(InvalidArgumentError, match=r"(?s)^sample_key=None: .*agree in 'sample'.*or batch_keys=\[\]"),
+    ):
+        model.differential_expression(**asked, batch_keys="sample")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

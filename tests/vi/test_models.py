@@ -16,7 +16,14 @@ import torch
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 from cellstill.data.soup import expected_native
-from cellstill.errors import CellstillError, CellstillWarning, InvalidArgumentError, NotTrainedError, StoreError
+from cellstill.errors import (
+    CellstillError,
+    CellstillWarning,
+    InvalidArgumentError,
+    MissingKeyError,
+    NotTrainedError,
+    StoreError,
+)
 from cellstill.nn import normal
 from cellstill.vi.evaluation import blocks, expected_means
 from cellstill.vi.roles import resolve_roles
@@ -654,3 +661,122 @@ def test_cells_that_lack_a_modality_have_a_library_size_like_that_of_the_others(
         modality="gex", library_size="latent", include_background=True, return_numpy=True
     ).sum(axis=1)
     assert 0.4 < np.median(predicted[lacks]) / np.median(predicted[~lacks]) < 2.5
+
+
+def test_going_on_training_appends_to_the_history(tmp_path):
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=2, train_size=1.0)
+    first = model.history_["loss_train"]
+    model.save(tmp_path / "model")
+    loaded = AmbientRegularizedSCVI.load(tmp_path / "model", adata)
+    for one in (model, loaded):
+        one.train(max_epochs=3, checkpoint=tmp_path / f"{id(one)}.safetensors")
+        whole = one.history_["loss_train"]
+        assert whole.index.tolist() == [0, 1, 2, 3, 4]
+        assert whole.index.name == "epoch"
+        np.testing.assert_array_equal(whole[:2], first)
+        # What was watched later has the epochs at which it was.
+        assert one.history_["loss_validation"].index.tolist() == [2, 3, 4]
+        # A finished run that is resumed is no further one.
+        one.train(max_epochs=3, checkpoint=tmp_path / f"{id(one)}.safetensors", resume=True)
+        pd.testing.assert_frame_equal(one.history_["loss_train"], whole)
+        assert one.train(max_epochs=0).history_["loss_train"] is one.history_["loss_train"]
+    loaded.save(tmp_path / "again")
+    again = AmbientRegularizedSCVI.load(tmp_path / "again", False)
+    for name, frame in loaded.history_.items():
+        pd.testing.assert_frame_equal(again.history_[name], frame)
+
+
+def test_none_is_the_default_of_batch_and_training_size(rna):
+    np.testing.assert_allclose(
+        rna.get_latent_representation(batch_size=None), rna.get_latent_representation(), rtol=1e-5, atol=1e-6
+    )
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1, batch_size=None, train_size=None)
+    other = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+    np.testing.assert_array_equal(model.get_latent_representation(), other.get_latent_representation())
+    for asks in (rna.get_latent_representation, rna.get_normalized_expression, rna.get_elbo, model.train):
+        with pytest.raises(InvalidArgumentError, match="batch_size=2.5 has to be an integer of at least 1"):
+            asks(batch_size=2.5)
+
+
+@pytest.mark.parametrize("indices", [3, np.int64(3), [[1, 2]]])
+def test_indices_are_a_list(rna, indices):
+    with pytest.raises(InvalidArgumentError, match=r"^indices=.* has [02] dimensions, not 1. Give a list"):
+        rna.get_latent_representation(indices=indices)
+
+
+def test_truth_values_are_counts_of_one():
+    is_there, ones = make(), make()
+    is_there.X = sp.csr_matrix(is_there.X).astype(bool)
+    ones.X = is_there.X.astype(np.float32)
+    latents = []
+    for adata in (is_there, ones):
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+        model = AmbientRegularizedSCVI(adata, **SMALL).train(max_epochs=1)
+        latents.append((model.get_latent_representation(), model.get_denoised_counts().toarray()))
+    np.testing.assert_array_equal(latents[0][0], latents[1][0])
+    np.testing.assert_array_equal(latents[0][1], latents[1][1])
+
+
+def test_a_column_of_several_types_is_refused():
+    adata = make()
+    adata.obs["run"] = pd.Series([1, "b"] * (N // 2), index=adata.obs_names, dtype=object)
+    with pytest.raises(InvalidArgumentError, match=r"^batch_key='run' mixes values of type int and str.*astype\(str\)"):
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="run")
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "instead"),
+    [
+        ("setup_anndata", "labels_key", "no part of the model knows labels"),
+        ("setup_anndata", "categorical_covariate_keys", "nn_conditioning_covariate_keys"),
+        ("__init__", "gene_likelihood", "likelihood='negative_binomial'"),
+        ("train", "plan_kwargs", "lr=, weight_decay= and kl_warmup="),
+    ],
+)
+def test_arguments_of_scvi_are_told_what_takes_their_place(rna, call, name, instead):
+    asks = {"setup_anndata": rna.setup_anndata, "__init__": AmbientRegularizedSCVI, "train": rna.train}[call]
+    given = () if call == "train" else (rna.adata,)
+    with pytest.raises(InvalidArgumentError, match=f"^{name} is an argument of .*, not of {call} here.*{instead}"):
+        asks(*given, **{name: "x"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        asks(*given, nonsense=1)
+
+
+def test_messages_name_what_the_user_wrote(rna, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"^dropout_rate=1 has to be at least 0 and below 1"):
+        AmbientRegularizedSCVI(rna.adata, dropout_rate=1)
+    with pytest.raises(MissingKeyError, match=r"batch_key='b' is not in adata.obs. adata.obs has: 'lane'") as error:
+        AmbientRegularizedSCVI.setup_anndata(rna.adata, batch_key="b")
+    assert any(column.startswith("_scvi") for column in rna.adata.obs)
+    assert "_scvi" not in str(error.value)
+    one_gene = make(n_vars=1)
+    one_gene.X = np.ones((N, 1), dtype=np.float32)
+    AmbientRegularizedSCVI.setup_anndata(one_gene, batch_key="lane")
+    with pytest.raises(InvalidArgumentError, match=rf"of \['a', 'b', 'c'\] cannot be .* are {N} and 1\."):
+        AmbientRegularizedSCVI(one_gene, n_hidden=8, n_latent=2)
+    new = make()[:1].copy()
+    new.obs["lane"] = "new"
+    message = rf"of \['new'\] cannot be .* 1 and {N_GENES}\. State it, ambient_rate=.'new': 0.1"
+    with pytest.raises(InvalidArgumentError, match=message):
+        AmbientRegularizedSCVI.load_query_data(new, rna)
+
+
+def test_a_single_modality_may_be_named_as_text():
+    mdata = make_mudata()
+    RegularizedMultimodalVI.setup_mudata(mdata, modalities="gex", modality_roles={"gex": "rna"})
+    assert RegularizedMultimodalVI(mdata, **SMALL).modality_names == ["gex"]
+
+
+def test_a_run_of_other_genes_is_one_of_other_data(tmp_path):
+    def train(n_vars, **settings):
+        adata = make(n_vars=n_vars)
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+        AmbientRegularizedSCVI(adata, **SMALL).train(1, checkpoint=tmp_path / "run.safetensors", **settings)
+
+    train(N_GENES)
+    with pytest.raises(StoreError, match="another run: its training and validation data, or the batch size or seed"):
+        train(N_GENES - 1, resume=True)

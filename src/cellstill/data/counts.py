@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 CHUNK_SIZE = 4096
 """Rows of one chunk: 4,096 x 20,000 at 8 % non-zero are about 50 MB."""
 
+_WIDENED = (np.dtype(bool), np.dtype(np.float16))
+"""Types of counts that arithmetic or SciPy does not take."""
+
 _N_SHOWN = 3
 _FRACTIONS = "values that are not integers"
 _FRACTIONS_REMEDY = "Pass allow_noninteger=True only for counts that were corrected, never for log-normalised values."
@@ -80,7 +83,7 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
 
     Returns
     -------
-    Canonical CSR of the same shape and dtype: sorted indices, no duplicates.
+    Canonical CSR of the same shape and dtype, but float32 for truth values and float16: sorted indices, no duplicates.
     """
     if sp.issparse(matrix):
         csr = matrix if matrix.format == "csr" else matrix.tocsr()
@@ -89,9 +92,9 @@ def as_csr(matrix: Any) -> sp.csr_matrix:
         if not csr.has_canonical_format:
             csr = csr.copy()
             csr.sum_duplicates()
-        return csr
+        return csr.astype(np.float32) if csr.dtype in _WIDENED else csr
     if isinstance(matrix, np.ndarray):
-        return sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix)
+        return sp.csr_matrix(matrix.astype(np.float32) if matrix.dtype in _WIDENED else matrix)
     if hasattr(matrix, "obs_names"):
         raise InvalidArgumentError("An AnnData was given where a matrix is read: pass adata.X or adata.layers[...].")
     if hasattr(matrix, "to_memory"):
@@ -168,12 +171,12 @@ def check_counts(
     library_size = np.empty(n_obs)
     nnz, max_count = 0, 0.0
     for start, rows in iter_rows(matrix, chunk_size):
-        problem, bad = _first_problem(rows, bool(allow_noninteger))
+        problem, bad, values = _first_problem(rows, bool(allow_noninteger))
         if problem:
             remedy = _remedy(adata, layer, set_up)
             if problem == _FRACTIONS and allow_noninteger is not None and not set_up:
                 remedy += f" {_FRACTIONS_REMEDY}"
-            shown = ", ".join(f"{value:g}" for value in rows[bad[0]].data[:_N_SHOWN])
+            shown = ", ".join(f"{value:g}" for value in values[:_N_SHOWN])
             raise InvalidCountsError(
                 f"{_where(layer)} holds {problem} ({_names(adata, start + bad)}; first values {shown}). {remedy}"
             )
@@ -212,8 +215,8 @@ def count_layers(adata: AnnData) -> list[str | None]:
     return [place for place in places if looks_like_counts(get_layer(adata, place))]
 
 
-def _first_problem(rows: sp.csr_matrix, allow_noninteger: bool) -> tuple[str, np.ndarray]:
-    """Name the first thing wrong with a block, and the rows (within the block) where it is."""
+def _first_problem(rows: sp.csr_matrix, allow_noninteger: bool) -> tuple[str, np.ndarray, np.ndarray]:
+    """Name the first thing wrong with a block, the rows (within the block) where it is, and the wrong values."""
     data = rows.data
     checks = [("non-finite values", lambda: ~np.isfinite(data)), ("negative values", lambda: data < 0)]
     if not allow_noninteger:
@@ -223,8 +226,9 @@ def _first_problem(rows: sp.csr_matrix, allow_noninteger: bool) -> tuple[str, np
     for problem, find in checks:
         bad = find()
         if bad.any():
-            return problem, np.unique(np.searchsorted(rows.indptr, np.flatnonzero(bad), side="right") - 1)
-    return "", np.empty(0, dtype=np.intp)
+            cells = np.unique(np.searchsorted(rows.indptr, np.flatnonzero(bad), side="right") - 1)
+            return problem, cells, data[bad]
+    return "", np.empty(0, dtype=np.intp), data[:0]
 
 
 def _remedy(adata: AnnData, layer: str | None, set_up: bool) -> str:

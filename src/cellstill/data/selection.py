@@ -16,7 +16,7 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
     Raises
     ------
     InvalidArgumentError
-        No cell is selected, or ``indices`` are neither integers nor truth values, such as names.
+        No cell is selected, or ``indices`` are no list of integers or truth values, such as names or a number.
     IndexError
         A cell does not exist, or a mask is of another length.
     """
@@ -32,6 +32,11 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
             raise InvalidArgumentError(
                 f"indices holds {chosen.dtype.name} values, such as {chosen.flat[0]!r}. Give positions (integers), a "
                 "slice, or a mask of all cells; names become positions with adata.obs_names.get_indexer(names)."
+            )
+        if chosen.ndim != 1:
+            raise InvalidArgumentError(
+                f"indices={indices!r} has {chosen.ndim} dimensions, not 1. Give a list of positions, such as [0, 3], a "
+                "slice, or a mask of all cells."
             )
         indices = chosen if chosen.dtype == bool else chosen.astype(np.intp)
     # Masks and slices become positions; NumPy refuses a mask of another length.

@@ -187,23 +187,34 @@ def bayesian_de(
     config = config or BayesianConfig()
     contrast = Contrast(groupby, str(group1), str(group2))
     remarks: tuple[str, ...] = ()
+    is_dealt = sample_key is None
+    terms = [key for key in (batch_key, *config.covariate_keys) if key is not None]
     if sample_key is None:
         obs, sample_key, note = deal_cells(
             obs,
             contrast,
-            within=[key for key in (batch_key, *config.covariate_keys) if key is not None],
+            within=terms,
             min_cells=config.min_cells_per_sample,
             seed=config.seed,
         )
         remarks = (note,)
-    units, design = make_design(
-        obs,
-        contrast,
-        sample_key=sample_key,
-        batch_key=batch_key,
-        covariate_keys=config.covariate_keys,
-        min_cells=config.min_cells_per_sample,
-    )
+    try:
+        units, design = make_design(
+            obs,
+            contrast,
+            sample_key=sample_key,
+            batch_key=batch_key,
+            covariate_keys=config.covariate_keys,
+            min_cells=config.min_cells_per_sample,
+        )
+    except InvalidArgumentError as error:
+        if not is_dealt:
+            raise
+        each = f", each of cells that agree in {' and '.join(map(repr, terms))}" if terms else ""
+        raise InvalidArgumentError(
+            f"sample_key=None: the samples are parts of each group of at least min_cells_per_sample="
+            f"{config.min_cells_per_sample} cells, as {sample_key!r}{each}. {error}"
+        ) from error
     if counts is not None:
         check_lengths("gene_names", gene_names, "columns of counts", counts.shape[1])
     observed = None if counts is None else replicate_counts(counts, units)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from cellstill.de.bayesian import BayesianConfig
 from cellstill.de.pseudobulk_config import PseudobulkConfig
+from cellstill.de.pseudosamples import shares_enough
 from cellstill.de.result import Contrast
 from cellstill.de.units import comparison_cells, text_column
 from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
@@ -17,6 +18,7 @@ from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, 
 REST = "rest"
 _MOSTLY = 0.9
 _ONE_EACH = "one per sample"
+_NOT_SHARED = "not shared by the groups"
 _COLUMNS = (
     *("gene", "base_mean", "lfc", "lfc_se", "p_value", "fdr", "is_de", "direction", "lfc_shrunken"),
     *("lfc_borrowed", "prob_de", "fdr_alone", "lfc_mean", "ci_low", "ci_high", "reason"),
@@ -181,6 +183,10 @@ def batch_terms(
     sample are over its batches. A sample that has nine tenths of its cells in one batch is not spread but mislabelled,
     which the design refuses.
 
+    Without samples, cells are the replicates, and a column is used if, with those before it, the groups share enough of
+    its levels (:func:`~cellstill.de.pseudosamples.shares_enough`); inside levels of ``within`` that do not, its value
+    becomes ``"not shared by the groups"``, again with a warning.
+
     Parameters
     ----------
     obs
@@ -190,7 +196,7 @@ def batch_terms(
     contrast
         The comparison; only cells of its groups count.
     sample_key
-        Column with the samples; without it all ``keys`` are used.
+        Column with the samples; ``None`` where cells are the replicates.
     within
         Column with the levels inside which the comparison is made.
     min_cells
@@ -203,7 +209,7 @@ def batch_terms(
     Warns
     -----
     CellstillWarning
-        A column differs within samples.
+        A column differs within samples, or, without samples, the groups hardly share its levels.
 
     Raises
     ------
@@ -212,10 +218,10 @@ def batch_terms(
     """
     keys = [key for key in dict.fromkeys(keys) if key not in (contrast.column, sample_key, within)]
     obs = obs.assign(**{key: text_column(obs, key, "batch_key") for key in keys})
-    if sample_key is None:
-        return obs, keys
-    check_key("sample_key", sample_key, "obs", obs.columns)
     level = pd.Series("", index=obs.index) if within is None else obs[within].astype(str)
+    if sample_key is None:
+        return obs, _terms_among_cells(obs, keys, contrast, level, within, min_cells)
+    check_key("sample_key", sample_key, "obs", obs.columns)
     group, sample = (obs[key].astype(str) for key in (contrast.column, sample_key))
     frame = pd.DataFrame({"level": level, "group": group, "sample": sample} | {f"key/{key}": obs[key] for key in keys})
     frame = frame[frame["group"].isin(contrast[1:])]
@@ -240,3 +246,36 @@ def batch_terms(
             used.append(key)
             obs[key] = np.where(level.isin(spanning), obs[key], _ONE_EACH)
     return obs, used
+
+
+def _terms_among_cells(
+    obs: pd.DataFrame, keys: Sequence[str], contrast: Contrast, level: pd.Series, within: str | None, min_cells: int
+) -> list[str]:
+    """Batches for a design of cells; overwrites those of levels that cannot use them."""
+    group = obs[contrast.column].astype(str).to_numpy()
+    in_groups = np.isin(group, contrast[1:])
+    used: set[str] = set()
+    unused: dict[str, list[str]] = {}
+    for name in sorted(set(level)):
+        rows = np.flatnonzero(in_groups & (level == name).to_numpy())
+        stratum = np.full(len(rows), "", dtype=object)
+        comparable = shares_enough(group[rows], stratum, min_cells)
+        for key in keys:
+            finer = stratum + "\0" + obs[key].to_numpy(dtype=object)[rows]
+            if shares_enough(group[rows], finer, min_cells):
+                stratum = finer
+                used.add(key)
+            else:
+                obs[key] = obs[key].mask(np.isin(np.arange(len(obs)), rows), _NOT_SHARED)
+                if comparable:
+                    unused.setdefault(key, []).append(name)
+    for key, names in unused.items():
+        levels = "" if within is None else f" of {within} in {', '.join(map(repr, names[:5]))}"
+        warnings.warn(
+            f"{key!r} is no term of the design{levels}: {contrast.group1!r} and {contrast.group2!r} share too few of "
+            "its levels to be compared inside them. What differs between these levels passes for an effect of the "
+            "group.",
+            CellstillWarning,
+            stacklevel=4,
+        )
+    return [key for key in keys if key in used]

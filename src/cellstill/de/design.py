@@ -215,6 +215,6 @@ def _confounded(table: pd.DataFrame, contrast: Contrast, blame: Sequence[str]) -
     return InvalidArgumentError(
         f"groupby={contrast.column!r} cannot be told from {names}: they are confounded, and no design separates their "
         f"effects. Number of samples:\n{counts.to_string()}\n"
-        f"Compare groups that share levels of {names}, or leave {names} out of the design (batch_key=None or fewer "
-        "covariate_keys) and accept that what is found may be its effect."
+        f"Compare groups that share levels of {names}, or leave {names} out of the design (batch_key=None, or "
+        "batch_keys=[] of models of vi, or fewer covariate_keys) and accept that what is found may be its effect."
     )

@@ -15,6 +15,32 @@ from cellstill.errors import CellstillWarning
 _N_PER_GROUP = 10
 
 
+def pseudo_sample_size(n_cells: int, min_cells: int) -> int:
+    """Cells of a pseudo-sample of a group of ``n_cells``."""
+    return max(min_cells, -(-n_cells // _N_PER_GROUP))
+
+
+def shares_enough(group: np.ndarray, stratum: np.ndarray, min_cells: int) -> bool:
+    """Whether two groups of cells can be compared inside the levels of a column.
+
+    In the levels that have ``min_cells`` cells of each group, each group needs half of its cells or more, and two
+    pseudo-samples.
+
+    Parameters
+    ----------
+    group, stratum
+        Group and level of each cell.
+    min_cells
+        Fewest cells of a pseudo-sample.
+    """
+    counts = pd.crosstab(stratum, group).to_numpy()
+    totals = counts.sum(axis=0)
+    shared = counts[(counts >= min_cells).all(axis=1)]
+    sizes = np.array([pseudo_sample_size(int(total), min_cells) for total in totals])
+    n_parts = np.maximum(shared // sizes, 1).sum(axis=0)
+    return len(totals) == 2 and bool(((2 * shared.sum(axis=0) >= totals) & (n_parts >= 2)).all())
+
+
 def deal_cells(
     obs: pd.DataFrame, contrast: Contrast, *, within: Sequence[str], min_cells: int, seed: int
 ) -> tuple[pd.DataFrame, str, str]:
@@ -53,7 +79,8 @@ def deal_cells(
     group = text_column(obs.iloc[cells], column, "groupby")
     levels = [group, *(text_column(obs.iloc[cells], key, "batch_key or covariate_keys") for key in within)]
     stratum = pd.Series(range(len(cells))).groupby([level.to_numpy() for level in levels]).ngroup().to_numpy()
-    size = {name: max(min_cells, int(np.ceil((group == name).sum() / _N_PER_GROUP))) for name in groups}
+    n_cells = group.value_counts()
+    size = {name: pseudo_sample_size(int(n_cells[name]), min_cells) for name in groups}
 
     rng = np.random.default_rng(seed)
     names = np.full(len(obs), "", dtype=object)

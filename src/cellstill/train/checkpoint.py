@@ -188,6 +188,15 @@ def _hash_frozen(module: torch.nn.Module) -> str:
 def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     refuse = f"{path} belongs to another run: "
     remedy = "Resume with what it was started with, or give another path for a new run."
+    others = [
+        role for role in {**wanted["data"], **found["data"]} if found["data"].get(role) != wanted["data"].get(role)
+    ]
+    if others:
+        # First: of other data, shapes and settings that follow from them differ as well.
+        raise OtherRunError(
+            f"{refuse}its {' and '.join(others)} data, or the batch size or seed with which they are read, are others. "
+            f"{remedy}"
+        )
     if found["settings"] != wanted["settings"]:
         different = [
             f"{name}={found['settings'].get(name)!r} there and {value!r} here"
@@ -213,11 +222,6 @@ def _check_run(path: str | os.PathLike[str], found: Mapping[str, Any], wanted: M
             if line != other:
                 different.append(f"the module has {line.strip()} there and {other.strip()} here")
         raise OtherRunError(f"{refuse}{'; '.join(different[:3]) or 'frozen parameters have other values'}. {remedy}")
-    for role in {**wanted["data"], **found["data"]}:
-        if found["data"].get(role) != wanted["data"].get(role):
-            raise OtherRunError(
-                f"{refuse}its {role} data, or the batch size or seed with which they are read, are others. {remedy}"
-            )
 
 
 def _shown(tensor: list[Any] | None) -> str:

@@ -33,6 +33,7 @@ from cellstill.vi.collapse import warn_if_collapsed
 from cellstill.vi.config import ModalityConfig, VAEConfig
 from cellstill.vi.containers import check_whole
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
@@ -41,7 +42,7 @@ from cellstill.vi.order import order_of
 from cellstill.vi.rates import Rate
 from cellstill.vi.roles import ROLES
 from cellstill.vi.start import start_from_data
-from cellstill.vi.training import TrainingSettings, default_epochs, split, train_module
+from cellstill.vi.training import TrainingSettings, continued, default_epochs, ends_with, split, train_module
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -176,14 +177,15 @@ class RegularizedModel(MinifiableModel):
         """Names of the modalities, sorted."""
         return sorted(self._layers)
 
+    @names_what_to_use
     def train(
         self,
         max_epochs: int | None = None,
         *,
         lr: float = 1e-3,
         modality_lr: Mapping[str, float] | None = None,
-        batch_size: int = 128,
-        train_size: float = 0.9,
+        batch_size: int | None = 128,
+        train_size: float | None = 0.9,
         validation_size: float | None = None,
         stratify_validation_key: str | None = None,
         early_stopping: bool = True,
@@ -200,7 +202,7 @@ class RegularizedModel(MinifiableModel):
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
     ) -> Self:
-        """Train the model.
+        """Train the model, or go on training it: ``history_`` is appended to, with epochs counted on.
 
         Parameters
         ----------
@@ -214,9 +216,9 @@ class RegularizedModel(MinifiableModel):
             features that are each seldom seen, cells are otherwise learned by heart. What several modalities share
             learns at ``lr``, and so does what a query adds.
         batch_size
-            Cells per step. Larger is faster per epoch and takes fewer steps.
+            Cells per step. Larger is faster per epoch and takes fewer steps. ``None`` is 128.
         train_size, validation_size
-            Shares of the cells to train on and to watch; ``None`` watches all that is not trained on.
+            Shares of the cells to train on and to watch; ``None`` is 0.9, and all that is not trained on.
         stratify_validation_key
             Column that names groups of cells, such as samples, each of which is split in these shares.
         early_stopping
@@ -265,6 +267,8 @@ class RegularizedModel(MinifiableModel):
             )
         if max_epochs is not None:
             max_epochs = whole_number("max_epochs", max_epochs, least=0)
+        batch_size = whole_number("batch_size", 128 if batch_size is None else batch_size, least=1)
+        train_size = 0.9 if train_size is None else train_size
         lr = above_zero("lr", lr)
         if not weight_decay >= 0:
             raise InvalidArgumentError(f"weight_decay={weight_decay} is below 0.")
@@ -304,7 +308,9 @@ class RegularizedModel(MinifiableModel):
             seed=self.seed,
         )
         with holding(self.module, self._known_rows):
-            self.history_ = train_module(self.module, cells, parts[0], parts[1], settings)
+            run = train_module(self.module, cells, parts[0], parts[1], settings)
+        history = self.history_ or {}
+        self.history_ = history if resume and ends_with(history, run) else continued(history, run)
         if self._known_rows is None:
             if len(self.modality_names) > 1:
                 fit_expected_libraries(self.module, cells[parts[0]])
@@ -352,6 +358,7 @@ class RegularizedModel(MinifiableModel):
             "trained": self.is_trained_,
             "known_rows": self._known_rows,
             "history": {name: frame[name].tolist() for name, frame in (self.history_ or {}).items()},
+            "epochs": {name: frame.index.tolist() for name, frame in (self.history_ or {}).items()},
         }
         save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite, beside=beside)
 
@@ -393,8 +400,10 @@ class RegularizedModel(MinifiableModel):
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
         for part, cells in _group(tensors, "split.").items():
             setattr(model, f"{part}_indices_", cells)
+        epochs = config.get("epochs", {})  # models saved before they were kept were trained once
         model.history_ = {
-            name: pd.DataFrame({name: values}).rename_axis(index="epoch") for name, values in config["history"].items()
+            name: pd.DataFrame({name: values}, index=epochs.get(name)).rename_axis(index="epoch")
+            for name, values in config["history"].items()
         }
         model.is_trained_ = config["trained"]
         model._take_only_new(config.get("known_rows"))

@@ -365,3 +365,12 @@ def _check_names(values: pd.Series, argument: str) -> None:
             f"{argument}={values.name!r}: different values have the same name ({sorted(names)[:5]}), such as 1 and "
             "'1'. Convert the column to one type: adata.obs[key].astype(str)."
         )
+    found = values.unique()
+    try:
+        sorted(found)
+    except TypeError as error:
+        types = sorted({type(value).__name__ for value in found})
+        raise InvalidArgumentError(
+            f"{argument}={values.name!r} mixes values of type {' and '.join(types)}, which have no order. Convert the "
+            f"column to one type: adata.obs[{values.name!r}] = adata.obs[{values.name!r}].astype(str)."
+        ) from error

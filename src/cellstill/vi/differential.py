@@ -92,8 +92,9 @@ class Differential(Criticism):
             it takes.
         batch_keys
             Columns with batches, for the design. ``None`` takes ``batch_key`` and the conditioning covariates, apart
-            from those that only tell samples apart, or parts of them (with ``within``, in each level for itself); an
-            empty list takes none.
+            from those that only tell samples apart, or parts of them (with ``within``, in each level for itself), and
+            without ``sample_key``, with a warning, those whose levels the groups hardly share; an empty list takes
+            none.
         within
             Column, such as cell types, inside each level of which the comparison is made; ``None`` compares all cells
             at once.

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from cellstill._compat.malloc import keeping_freed_memory
+from cellstill.errors import whole_number
 from cellstill.nn.compiled import compiled
 from cellstill.nn.sparse import CSRRows
 from cellstill.vi.cells import Cells
 from cellstill.vi.modality import Batch
 from cellstill.vi.module import Latent, RegularizedVAE
+
+_BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,12 @@ class Block:
     latent: Latent
 
 
-def blocks(module: RegularizedVAE, cells: Cells, batch_size: int) -> Iterator[Block]:
-    """Encode cells in order; the module is in evaluation mode, and nothing records gradients."""
+def blocks(module: RegularizedVAE, cells: Cells, batch_size: int | None) -> Iterator[Block]:
+    """Encode cells in order, by default 1,024 at a time.
+
+    The module is in evaluation mode, and nothing records gradients.
+    """
+    batch_size = whole_number("batch_size", _BATCH_SIZE if batch_size is None else batch_size, least=1)
     device = next(module.parameters()).device
     loader = cells.loader(batch_size=batch_size)
     start, n_values = 0, float(sum(np.prod(matrix.shape) for matrix in cells.counts.values()))

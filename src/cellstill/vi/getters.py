@@ -40,7 +40,7 @@ class Getters(RegularizedModel):
         *,
         give_mean: bool = True,
         return_dist: bool = False,
-        batch_size: int = 4096,
+        batch_size: int | None = 4096,
         seed: int = 0,
     ) -> Any:
         """Posterior mean of z; the modalities' parts side by side, sorted by name, where they are concatenated.
@@ -135,7 +135,7 @@ class Getters(RegularizedModel):
         indices: np.ndarray | Sequence[int] | None = None,
         *,
         modality: str | None = None,
-        batch_size: int = 4096,
+        batch_size: int | None = 4096,
     ) -> np.ndarray:
         """Library size l, at the posterior mean of its logarithm; the mean cell has about the sensitivity.
 

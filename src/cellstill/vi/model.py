@@ -11,12 +11,13 @@ import numpy as np
 from cellstill._compat.scvi import register
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.genes import check_unique_genes
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, below_one
 from cellstill.vi.analysis import Analysis
 from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.config import NATIVE_SPARSITY, Background, ModalityConfig
 from cellstill.vi.containers import check_anndata
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
 
@@ -130,6 +131,7 @@ class AmbientRegularizedSCVI(Analysis):
     >>> adata.layers["denoised"] = model.get_denoised_counts()
     """
 
+    @names_what_to_use
     def __init__(
         self,
         adata: AnnData | None = None,
@@ -184,7 +186,7 @@ class AmbientRegularizedSCVI(Analysis):
         config = self._vae_config(
             {RNA: modality},
             use_batch_in_decoder=use_batch_in_decoder,
-            dropout=dropout_rate,
+            dropout=below_one("dropout_rate", dropout_rate),
             encoder_input=encoder_input,
             library_hidden=library_n_hidden,
             library_variance_weight=library_variance_weight,
@@ -205,6 +207,7 @@ class AmbientRegularizedSCVI(Analysis):
         self._build(config, cells, ambient_rate)
 
     @classmethod
+    @names_what_to_use
     def setup_anndata(
         cls,
         adata: AnnData,

@@ -10,13 +10,14 @@ import numpy as np
 
 from cellstill._compat.scvi import register
 from cellstill.data.annotations import complete_obs
-from cellstill.errors import InvalidArgumentError, check_key
+from cellstill.errors import InvalidArgumentError, below_one, check_key
 from cellstill.vi.analysis import Analysis
 from cellstill.vi.arguments import setup_arguments
 from cellstill.vi.cells import Cells
 from cellstill.vi.config import NATIVE_SPARSITY, Background, LatentMode, ModalityConfig
 from cellstill.vi.containers import check_mudata
 from cellstill.vi.covariates import CovariateKeys
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
 from cellstill.vi.roles import ROLES, resolve_roles
@@ -83,6 +84,7 @@ class RegularizedMultimodalVI(Analysis):
     >>> mdata.obsm["X_vi"] = model.get_latent_representation()
     """
 
+    @names_what_to_use
     def __init__(
         self,
         mdata: MuData | None = None,
@@ -118,6 +120,8 @@ class RegularizedMultimodalVI(Analysis):
     ) -> None:
         cells = self._start(mdata, None, seed, None)
         names, roles, scaled = self.modality_names, self._setup["roles"], self._keys.scaling_named
+        if dropout_rate is None:
+            dropout_rate = 0.1 if len(names) > 1 else 0.0
         backgrounds = _each("background", background, names)
         scalings = _each("use_feature_scaling", use_feature_scaling, names)
         settings: dict[str, dict[str, Any]] = {
@@ -147,7 +151,7 @@ class RegularizedMultimodalVI(Analysis):
             modalities,
             use_batch_in_decoder=use_batch_in_decoder,
             latent_mode=latent_mode,
-            dropout=(0.1 if len(names) > 1 else 0.0) if dropout_rate is None else dropout_rate,
+            dropout=below_one("dropout_rate", dropout_rate),
             encoder_input=encoder_input,
             library_hidden=library_n_hidden,
             library_variance_weight=library_variance_weight,
@@ -181,6 +185,7 @@ class RegularizedMultimodalVI(Analysis):
         )
 
     @classmethod
+    @names_what_to_use
     def setup_mudata(
         cls,
         mdata: MuData,
@@ -244,6 +249,8 @@ class RegularizedMultimodalVI(Analysis):
         check_mudata(mdata)
         if modalities is None:
             modalities = list(mdata.mod)
+        if isinstance(modalities, str):
+            modalities = [modalities]
         layers = dict(modalities) if isinstance(modalities, Mapping) else dict.fromkeys(modalities)
         for name in layers:
             check_key("modalities", name, "mdata.mod", mdata.mod.keys())

@@ -77,6 +77,13 @@ def estimate_rates(
     if open_.any():
         occupied, batch = np.unique(row[open_], return_inverse=True)
         labels = pd.Index([names[one] for one in occupied], tupleize_cols=False)
+        n_cells = int(open_.sum())
+        if min(n_cells, counts.shape[1]) < 2:
+            raise InvalidArgumentError(
+                f"The share of ambient RNA of {list(labels[:5])} cannot be estimated: that needs at least 2 cells and "
+                f"2 genes, and there are {n_cells} and {counts.shape[1]}. State it, ambient_rate="
+                f"{{{names[occupied[0]]!r}: 0.1}}, or have no background: background=False."
+            )
         found = estimate_soup(
             counts if open_.all() else counts[open_],
             pd.Categorical.from_codes(batch, categories=labels),

@@ -241,7 +241,10 @@ def _cluster(x: sp.csr_matrix, seed: int) -> np.ndarray:
     filled = np.flatnonzero(np.diff(x.indptr))
     n_comps = min(_N_COMPS, len(filled) - 1, x.shape[1] - 1)
     if n_comps < 1:
-        raise InvalidArgumentError(f"counts has {len(filled)} cells with counts; at least 2 are needed for clusters.")
+        raise InvalidArgumentError(
+            f"counts has {len(filled)} cells with counts and {x.shape[1]} genes; at least 2 of each are needed for "
+            "clusters."
+        )
     coordinates = np.zeros((x.shape[0], n_comps), dtype=np.float32)
     coordinates[filled] = fit_pca(x[filled], n_comps, method="pearson_residuals", seed=seed).transform(x[filled])
     n_clusters = min(int(np.clip(x.shape[0] // _CELLS_PER_CLUSTER, *_CLUSTERS)), len(filled))

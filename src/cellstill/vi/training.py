@@ -85,6 +85,24 @@ def train_module(
     return by_term(history)
 
 
+def continued(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Append the history of a training to that of those before it; epochs are counted on."""
+    start = max((int(frame.index[-1]) + 1 for frame in before.values() if len(frame)), default=0)
+    joined = dict(before)
+    for name, frame in after.items():
+        later = frame.set_axis(range(start, start + len(frame)), axis=0).rename_axis(index="epoch")
+        joined[name] = pd.concat([before[name], later]) if name in before else later
+    return joined
+
+
+def ends_with(history: Mapping[str, pd.DataFrame], run: Mapping[str, pd.DataFrame]) -> bool:
+    """Whether a history has a run already, as where one that was finished is resumed."""
+    return bool(run) and all(
+        name in history and np.array_equal(history[name].to_numpy()[-len(frame) :], frame.to_numpy(), equal_nan=True)
+        for name, frame in run.items()
+    )
+
+
 def split(
     n_obs: int, train_size: float, validation_size: float | None, groups: np.ndarray | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,43 @@
+"""Arguments of scvi-tools that are called otherwise here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from cellstill.errors import InvalidArgumentError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_INSTEAD = {
+    "labels_key": "leave it out: no part of the model knows labels",
+    "categorical_covariate_keys": (
+        "name columns by what they are for, nn_conditioning_covariate_keys=[...] being the closest"
+    ),
+    "size_factor_key": "use library_size_key, for groups whose library sizes share a prior",
+    "gene_likelihood": "use likelihood='negative_binomial' or 'poisson'",
+    "dispersion": "set the data up with dispersion_key",
+    "use_observed_lib_size": "use residual_library",
+    "plan_kwargs": "give its entries as arguments, such as lr=, weight_decay= and kl_warmup=",
+    "trainer_kwargs": "give its entries as arguments",
+    "n_epochs_kl_warmup": "use kl_warmup=0.5, a share of all steps, or a number of steps",
+    "n_steps_kl_warmup": "use kl_warmup, a number of steps",
+}
+
+
+def names_what_to_use(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that scvi-tools has, and the function has not, saying what takes their place."""
+    moved = _INSTEAD.keys() - inspect.signature(function).parameters.keys()
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in moved & kwargs.keys():
+            raise InvalidArgumentError(
+                f"{name} is an argument of scvi-tools, not of {function.__name__} here: {_INSTEAD[name]}."
+            )
+        return function(*args, **kwargs)
+
+    return checked
