@@ -34,7 +34,7 @@ class Criticism(Getters):
         adata: AnnData | MuData | None = None,
         indices: np.ndarray | Sequence[int] | None = None,
         *,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
         return_mean: bool = True,
         seed: int = 0,
     ) -> float | np.ndarray:
@@ -71,7 +71,7 @@ class Criticism(Getters):
         adata: AnnData | MuData | None = None,
         indices: np.ndarray | Sequence[int] | None = None,
         *,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
         return_mean: bool = True,
         seed: int = 0,
     ) -> dict[str, float | np.ndarray]:
@@ -107,7 +107,7 @@ class Criticism(Getters):
         indices: np.ndarray | Sequence[int] | None = None,
         *,
         n_mc_samples: int = 1000,
-        batch_size: int = 128,
+        batch_size: int | None = 128,
         return_mean: bool = True,
         seed: int = 0,
     ) -> float | np.ndarray:
@@ -138,7 +138,7 @@ class Criticism(Getters):
         *,
         modality: str | None = None,
         n_samples: int = 1,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
         seed: int = 0,
     ) -> Sample | dict[str, Sample]:
         """Counts drawn from the model at draws of z and library size from the posterior of each cell.
@@ -195,7 +195,7 @@ class Criticism(Getters):
         self,
         data: AnnData | MuData | None,
         indices: np.ndarray | Sequence[int] | None,
-        batch_size: int,
+        batch_size: int | None,
         *,
         counts: bool = True,
     ) -> Iterator[Block]:

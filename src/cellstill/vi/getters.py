@@ -57,7 +57,7 @@ class Getters(RegularizedModel):
         return_dist
             Return mean and variance.
         batch_size
-            Cells encoded at a time. Larger is faster until memory runs out.
+            Cells encoded at a time; ``None`` is 1,024. Larger is faster until memory runs out.
         seed
             Of the draw.
 
@@ -169,7 +169,7 @@ class Getters(RegularizedModel):
         gene_list: Sequence[str] | None = None,
         library_size: float | Literal["latent"] = 1.0,
         include_background: bool = False,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
         out: Out = None,
         return_numpy: bool = False,
     ) -> Any:
@@ -307,7 +307,7 @@ class Getters(RegularizedModel):
         indices: np.ndarray | Sequence[int] | None = None,
         *,
         modality: str | None = None,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
     ) -> pd.Series:
         """Share of each cell's expected counts that is background.
 
@@ -339,7 +339,7 @@ class Getters(RegularizedModel):
         *,
         modality: str | None = None,
         integer: bool = False,
-        batch_size: int = 1024,
+        batch_size: int | None = 1024,
         seed: int = 0,
     ) -> sp.csr_matrix:
         r"""Counts without ambient background, never above the observed ones.
