@@ -212,6 +212,13 @@ def test_features_serve_each_task_through_their_encoder():
     assert (found.loc[found.method == "same", "bytes"] == 4 * 60 * of["same"].n_cells[0]).all()
 
 
+def test_a_problem_without_test_cells_is_refused_before_anything_is_condensed():
+    untested = CondensationProblem.from_anndata(labelled_counts(), "cell_type", train_size=0.8, validation_size=0.2)
+    assert len(untested.test) == 0
+    with pytest.raises(InvalidArgumentError, match="problem has no test cells, .* train_size and validation_size"):
+        evaluate(untested, {"never": lambda *args: pytest.fail("condensed")}, seeds=[0], evaluators=["knn"])
+
+
 def test_a_task_of_one_category_is_refused():
     both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "constant"])
     with pytest.raises(InvalidArgumentError, match="'constant' has one category, 'same'"):

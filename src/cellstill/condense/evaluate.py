@@ -72,11 +72,16 @@ def evaluate(
     Raises
     ------
     InvalidArgumentError
-        An unknown method or evaluator, a task of one category, ``full`` of another problem, or a method that returns
-        other genes, unknown classes, no cells, or more cells than its budget.
+        A problem without test cells, an unknown method or evaluator, a task of one category, ``full`` of another
+        problem, or a method that returns other genes, unknown classes, no cells, or more cells than its budget.
     OptionalDependencyError
         A baseline needs a package that is not installed.
     """
+    if not len(problem.test):
+        raise InvalidArgumentError(
+            "problem has no test cells, so nothing can be scored. Split it with train_size and validation_size that "
+            "leave some: CondensationProblem.from_anndata(..., train_size=0.7, validation_size=0.1)."
+        )
     check_tasks(problem.tasks)
     named = _methods(methods)
     judges = get_evaluators(evaluators)
