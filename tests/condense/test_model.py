@@ -460,11 +460,13 @@ def test_stored_files_hold_no_counts_and_no_pickle(trained):
     assert json.loads((trained.path / "model.json").read_text())["kind"] == "SCDD"
 
 
-@pytest.mark.parametrize("case", ["fewer", "order", "labels", "counts", "class", "genes"])
+@pytest.mark.parametrize("case", ["fewer", "more", "order", "labels", "counts", "class", "genes"])
 def test_other_cells_are_refused(trained, case):
     adata = trained.adata.copy()
     if case == "fewer":
         adata = adata[:200].copy()
+    elif case == "more":
+        adata = anndata.concat([adata, trained.new], index_unique="-")
     elif case == "order":
         adata = adata[::-1].copy()
     elif case == "labels":
@@ -477,9 +479,12 @@ def test_other_cells_are_refused(trained, case):
     else:
         adata = adata[:, 1:].copy()
     error = GeneMismatchError if case == "genes" else InvalidArgumentError
-    message = {"genes": "59 of the model's 60", "fewer": "200 cells", "class": "B CELL"}.get(
-        case, "other cells, labels"
-    )
+    message = {
+        "genes": "59 of the model's 60",
+        "fewer": "adata has 200 cells; the model was trained on 420. Attach the cells of training",
+        "more": "adata has 840 cells; the model was trained on 420. Leave out .* test_cells.csv",
+        "class": "B CELL",
+    }.get(case, "other cells, labels")
     with pytest.raises(error, match=message):
         SCDD.load(trained.path, adata)
 

@@ -454,11 +454,13 @@ class SCDD(RegisteredModel):
             rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry = None
+        registry, n_cells = None, sum(map(len, rows.values()))
         if adata is None:
             columns = {f"labels{k or ''}": task.key for k, task in enumerate(tasks)}
             known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(tasks)}
             registry = category_registry(cls.__name__, setup, known, columns=columns)
+        elif adata.n_obs != n_cells:
+            raise InvalidArgumentError(_of_other_number(adata.n_obs, n_cells))
         else:
             cls.setup_anndata(adata, setup["labels_key"], layer=setup["layer"], donor_key=setup["donor_key"])
         model = cls(
@@ -512,3 +514,14 @@ class SCDD(RegisteredModel):
         self._require_space()
         assert self._names is not None
         return self._names
+
+
+def _of_other_number(n_found: int, n_cells: int) -> str:
+    told = f"adata has {n_found} cells; the model was trained on {n_cells}. "
+    if n_found > n_cells:
+        told += (
+            "Leave out those that were set aside. `cellstill condense --evaluate` names them in test_cells.csv beside "
+            'the model: held_out = pd.read_csv("test_cells.csv", dtype=str, keep_default_na=False)["cell"]; adata = '
+            "adata[~adata.obs_names.isin(held_out)].copy(). "
+        )
+    return told + "Attach the cells of training, or load without data and generate."
