@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from functools import partial
 
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from cellstill import SCDD
-from cellstill.condense import GeneratorConfig, LatentConfig, MatchingConfig
+from cellstill.condense import GeneratorConfig, LatentConfig, MatchingConfig, Variant
 from cellstill.condense import solver as solver_module
 from cellstill.condense.choice import validation_score
 from cellstill.condense.output import provenance_of
@@ -333,11 +334,36 @@ def test_views_are_refused(trained):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"seed": -1}, {"seed": 1.5}, {"seed": True}, {"validation_size": 0}, {"validation_size": 1.0}]
+    "setting",
+    [
+        {"seed": -1},
+        {"seed": 1.5},
+        {"seed": True},
+        {"validation_size": 0},
+        {"validation_size": 1.0},
+        {"validation_size": "x"},
+        {"validation_size": None},
+        {"latent_settings": {"n_latent": 5}},
+        {"latent_settings": GeneratorConfig()},
+        {"generator_settings": 5},
+    ],
 )
 def test_bad_settings(trained, setting):
-    with pytest.raises(InvalidArgumentError, match=next(iter(setting))):
+    ((name, value),) = setting.items()
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"{name}={value!r}")):
         fresh(trained, **setting)
+
+
+def test_settings_of_another_kind_are_refused_before_anything_is_trained_or_made(trained):
+    message = r"matching=\{'n_steps': 3\} is of the class dict. Give a MatchingConfig, such as MatchingConfig\(...\)"
+    for call in (partial(trained.model.condense, 2), Variant):
+        with pytest.raises(InvalidArgumentError, match=message):
+            call(matching={"n_steps": 3})
+
+
+def test_cells_that_do_not_exist_have_no_latent_representation(trained):
+    with pytest.raises(InvalidArgumentError, match="indices does not fit the 420 cells .* from 0 to 419"):
+        trained.model.get_latent_representation(indices=[5000])
 
 
 def test_untrained_models_say_so(trained, tmp_path):

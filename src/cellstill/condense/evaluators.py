@@ -124,13 +124,13 @@ class Evaluator:
         return FittedEvaluator(self.name, matrix.shape[1], n_classes, self.train(matrix, cells.codes, n_classes, seed))
 
 
-def get_evaluators(names: Iterable[str] | None = None) -> list[Evaluator]:
-    """Evaluators by their names, in that order; all of :data:`EVALUATORS` by default."""
-    names = list(EVALUATORS) if names is None else list(names)
+def get_evaluators(names: str | Iterable[str] | None = None, argument: str = "evaluators") -> list[Evaluator]:
+    """Evaluators by their names, or one by its name, in that order; all of :data:`EVALUATORS` by default."""
+    names = list(EVALUATORS) if names is None else [names] if isinstance(names, str) else list(names)
     for name in names:
-        check_option("evaluators", name, EVALUATORS)
+        check_option(argument, name, EVALUATORS)
     if not names or len(set(names)) < len(names):
-        raise InvalidArgumentError(f"evaluators={names} has to name at least one, each once: {', '.join(EVALUATORS)}.")
+        raise InvalidArgumentError(f"{argument}={names} has to name at least one, each once: {', '.join(EVALUATORS)}.")
     return [EVALUATORS[name] for name in names]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
 from cellstill.condense.problem import CondensationProblem, Task, read_labels
 from cellstill.condense.progress import showing_steps
+from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
@@ -96,13 +98,14 @@ class SCDD(RegisteredModel):
         whole_number("seed", seed, least=0)
         if n_top_genes is not None:
             n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
-        if not 0 < validation_size < 1:
+        is_number = isinstance(validation_size, Real) and not isinstance(validation_size, bool)
+        if not is_number or not 0 < validation_size < 1:
             raise InvalidArgumentError(f"validation_size={validation_size!r} has to be above 0 and below 1.")
         self.latent = latent
         self.n_top_genes = n_top_genes
-        self.validation_size = validation_size
-        self.latent_settings = latent_settings or LatentConfig()
-        self.generator_settings = generator_settings or GeneratorConfig()
+        self.validation_size = float(validation_size)
+        self.latent_settings = given_or_default("latent_settings", latent_settings, LatentConfig)
+        self.generator_settings = given_or_default("generator_settings", generator_settings, GeneratorConfig)
         self.seed = int(seed)
         self.history_: dict[str, pd.DataFrame] = {}
         self._setup = setup_args(self.registry)
@@ -304,6 +307,7 @@ class SCDD(RegisteredModel):
         space, problem = self._require_space(), self.problem
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
+        matching = given_or_default("matching", matching, MatchingConfig)
         warn_about_capped_classes(problem, samples_per_class)
         how: dict[str, Any] = {"counts": counts, "start": start, "matching": matching, "seed": seed}
         with showing_steps(progress, on_step) as told:
@@ -321,7 +325,7 @@ class SCDD(RegisteredModel):
                 "detection": found.rendering.detection,
                 "start": found.start,
                 "matching_steps": found.n_steps,
-                "matching": asdict(matching or MatchingConfig()),
+                "matching": asdict(matching),
                 "latent": self._latent_name(),
                 "n_real": len(problem.train),
                 "n_synthetic": len(found.cells),
@@ -388,15 +392,22 @@ class SCDD(RegisteredModel):
         Returns
         -------
         float32, shape ``(n, n_latent)``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            ``indices`` names no cell, or one that does not exist.
+        GeneMismatchError
+            ``adata`` lacks too many genes of the model.
         """
         space = self._require_space()
         adata = self._require_adata() if adata is None else adata
+        rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         layer = self._setup["layer"]
         check_counts(adata, layer, set_up=True)
         counts, _ = align_genes(
             as_csr(get_layer(adata, layer)).astype(np.float32), adata.var_names.astype(str), self.gene_names.tolist()
         )
-        rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         cells = counts[rows]
         return space.encode(LabelledCells(cells, np.zeros(cells.shape[0], dtype=np.int64))).cpu().numpy()
 

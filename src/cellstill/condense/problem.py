@@ -120,6 +120,8 @@ class CondensationProblem:
             The layer holds no counts.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        if n_top_genes is not None:
+            n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
         check_unique_genes(adata.var_names)
         check_counts(adata, layer, allow_noninteger=None)
         codes, classes, _ = read_labels(adata, keys)
