@@ -15,6 +15,7 @@ import torch
 
 from cellstill import SCDD
 from cellstill.condense import GeneratorConfig, LatentConfig, MatchingConfig, Variant
+from cellstill.condense import model as model_module
 from cellstill.condense import solver as solver_module
 from cellstill.condense.choice import validation_score
 from cellstill.condense.output import provenance_of
@@ -75,6 +76,48 @@ def assert_same_cells(one: anndata.AnnData, other: anndata.AnnData) -> None:
 
 
 # Condensed cells
+
+
+@pytest.mark.parametrize("kind", ["int", "category", "bool"])
+def test_integer_and_boolean_labels_come_back_as_they_were(trained, tmp_path, kind):
+    adata = trained.adata.copy()
+    late = (adata.obs["stage"] == "late").to_numpy()
+    of_kind = {"int": np.where(late, 10, 9), "category": pd.Categorical(np.where(late, 10, 9)), "bool": late}
+    adata.obs["label"] = of_kind[kind]
+    SCDD.setup_anndata(adata, ["label", "cell_type"], layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    model.save(tmp_path / "model")
+    loaded = SCDD.load(tmp_path / "model", adata)
+    how = {"counts": "expected", "start": "random", "matching": MatchingConfig(n_steps=0)}
+    found = loaded.condense(2, **how)
+    found.write_h5ad(tmp_path / "tiny.h5ad")
+    first, last = sorted({*np.asarray(of_kind[kind]).tolist()})
+    for tiny in (model.condense(2, **how), found, anndata.read_h5ad(tmp_path / "tiny.h5ad")):
+        labels = np.asarray(tiny.obs["label"])
+        assert labels.dtype == (bool if kind == "bool" else np.int64)
+        assert [name.split(" | ")[0] for name in tiny.obs_names] == [str(label) for label in labels]
+        assert set(labels) == {first, last}
+        assert tiny.obs["label"].cat.categories.tolist() == [first, last]
+        assert tiny.obs["cell_type"].cat.categories.tolist() == ["B cell", "T cell", "rare/odd"]
+    generated = SCDD.load(tmp_path / "model").generate(f"{last} | T cell", 3)
+    assert np.asarray(generated.obs["label"]).tolist() == [last] * 3
+
+
+def test_a_label_may_be_given_as_the_integer_that_it_is(trained):
+    adata = trained.adata.copy()
+    adata.obs["label"] = (adata.obs["stage"] == "late").to_numpy().astype(int)
+    SCDD.setup_anndata(adata, "label", layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    assert (model.generate(1, 2).X != model.generate("1", 2).X).nnz == 0
+
+
+def test_names_of_cells_as_labels_are_warned_of_before_training(trained, monkeypatch):
+    adata = trained.adata[:40].copy()
+    adata.obs["label"] = [*adata.obs_names[:38], "same", "same"]
+    SCDD.setup_anndata(adata, "label", layer="counts")
+    monkeypatch.setattr(model_module, "fit_space", lambda *args, **how: trained.model.space)
+    with pytest.warns(CellstillWarning, match="38 of 39 classes have a single cell .40 cells in all.*labels_key"):
+        SCDD(adata, **TINY).train(progress=False)
 
 
 def test_condensed_cells_are_counts_with_labels_codes_and_provenance(trained, condensed):

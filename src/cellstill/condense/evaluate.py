@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -184,9 +185,7 @@ def _check(problem: CondensationProblem, name: str, cells: object, samples_per_c
 
 
 def _methods(methods: str | Iterable[str] | Mapping[str, Method | str]) -> dict[str, Method]:
-    if isinstance(methods, str) or callable(methods):
-        methods = [methods]
-    given = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+    given: dict[Any, Any] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in _listed(methods)}
     if not given:
         raise InvalidArgumentError(
             f"methods is empty. Name some of: {', '.join(BASELINES)}; or give functions by name."
@@ -224,7 +223,7 @@ def _distinct(argument: str, values: int | Iterable[int], *, least: int) -> list
     return found
 
 
-def _listed(values: object) -> list[object]:
+def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 

@@ -9,6 +9,7 @@ labels. They run on the CPU, and repeat themselves for the same cells, seed and 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -121,7 +122,11 @@ class Evaluator:
                     "counts has negative values, NaN or infinity. Give counts, or expectations of them."
                 )
         matrix = _dense(cells.expression() if isinstance(cells, LabelledCells) else cells.values)
-        return FittedEvaluator(self.name, matrix.shape[1], n_classes, self.train(matrix, cells.codes, n_classes, seed))
+        with warnings.catch_warnings():
+            # scikit-learn takes few cells of many classes for a regression.
+            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+            classify = self.train(matrix, cells.codes, n_classes, seed)
+        return FittedEvaluator(self.name, matrix.shape[1], n_classes, classify)
 
 
 def get_evaluators(names: str | Iterable[str] | None = None, argument: str = "evaluators") -> list[Evaluator]:

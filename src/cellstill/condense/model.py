@@ -132,7 +132,8 @@ class SCDD(RegisteredModel):
             Counts and labels. Not a view.
         labels_key
             Column of ``adata.obs`` with the labels; several, if one set is to serve several tasks: a class is then a
-            combination of their categories.
+            combination of their categories. Labels are called by their text; integers and truth values come back as
+            such with the synthetic cells.
         layer
             Layer of counts; ``None`` reads ``X``.
         donor_key
@@ -288,9 +289,10 @@ class SCDD(RegisteredModel):
 
         Returns
         -------
-        Synthetic cells: counts in ``X``, labels in ``obs``, codes in ``obsm["X_scdd"]``, provenance and the candidates'
-        scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]`` points of the latent space, each of its row's class but
-        not always its row's cell: chosen for classifiers that see :meth:`get_latent_representation` of new cells.
+        Synthetic cells: counts in ``X``, labels in ``obs`` (integers, truth values or text, as they were), codes in
+        ``obsm["X_scdd"]``, provenance and the candidates' scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]``
+        points of the latent space, each of its row's class but not always its row's cell: chosen for classifiers that
+        see :meth:`get_latent_representation` of new cells.
 
         Raises
         ------
@@ -337,7 +339,7 @@ class SCDD(RegisteredModel):
 
     def generate(
         self,
-        label: str,
+        label: str | int,
         n: int,
         *,
         counts: Literal["expected", "rounded", "sampled"] = "sampled",
@@ -348,7 +350,8 @@ class SCDD(RegisteredModel):
         Parameters
         ----------
         label
-            Class.
+            Class, one of :attr:`classes`. With several labels it is called by all of them, in the order of
+            ``labels_key``: ``"B cells | ctrl"``.
         n
             Number of cells.
         counts
@@ -363,6 +366,7 @@ class SCDD(RegisteredModel):
         """
         space = self._require_space()
         classes, tasks, genes = self._known()
+        label = str(label)
         check_option("label", label, classes)
         check_option("counts", counts, [form for form in FORMS if form != "mixed"])
         whole_number("n", n, least=1)
@@ -430,7 +434,7 @@ class SCDD(RegisteredModel):
             "validation_size": self.validation_size,
             "seed": self.seed,
             "classes": list(classes),
-            "tasks": [{"key": t.key, "names": list(t.names), "of_class": t.of_class.tolist()} for t in tasks],
+            "tasks": [asdict(task) | {"of_class": task.of_class.tolist()} for task in tasks],
             "space": space_config(space),
         }
         rows = {f"rows.{name}": part for name, part in parts.items()}
@@ -459,7 +463,9 @@ class SCDD(RegisteredModel):
         try:
             setup, space = config["setup"], restore_space(tensors, config["space"])
             tasks = tuple(
-                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64)) for t in config["tasks"]
+                # Models saved by earlier versions do not know the types of labels; theirs are text.
+                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64), t.get("dtype", "str"))
+                for t in config["tasks"]
             )
             classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
             rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
