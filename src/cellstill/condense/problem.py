@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -52,11 +52,11 @@ class Task:
     dtype: str = "str"
 
     @property
-    def categories(self) -> list[str] | list[int] | list[bool]:
+    def categories(self) -> pd.Index[Any]:
         """The categories as they were, of which ``names`` is the text."""
         if self.dtype == "bool":
-            return [name == "True" for name in self.names]
-        return [int(name) for name in self.names] if self.dtype == "int64" else list(self.names)
+            return pd.Index([name == "True" for name in self.names])
+        return pd.Index([int(name) for name in self.names] if self.dtype == "int64" else self.names)
 
 
 @dataclass(frozen=True, eq=False)
