@@ -14,6 +14,10 @@ class InvalidArgumentError(CellstillError, ValueError):
     """An argument has a value that cannot be used."""
 
 
+class UnknownCellError(InvalidArgumentError, IndexError):
+    """Positions or a mask name cells that do not exist."""
+
+
 class InvalidCountsError(CellstillError, ValueError):
     """The chosen matrix does not hold counts."""
 

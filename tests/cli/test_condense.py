@@ -161,6 +161,15 @@ def test_the_evaluation_is_of_cells_that_nothing_was_made_of(cellstill, cells, w
     summary = summary_of(folder)
     assert summary["cells"]["test"] == summary["evaluation"]["n_test"] == is_test.sum() > 0
     assert not set(cells.obs["donor"][is_test]) & set(used["donor"])
+    held_out = pd.read_csv(folder / "test_cells.csv", dtype=str, keep_default_na=False)
+    assert held_out["cell"].tolist() == cells.obs_names[is_test].tolist()
+    assert held_out["row"].astype(int).tolist() == np.flatnonzero(is_test).tolist()
+    stored = ad.read_h5ad(path)
+    with pytest.raises(InvalidArgumentError, match=rf"240 cells; the model was trained on {len(used)}. Leave out .*"):
+        SCDD.load(folder / "model", adata=stored)
+    attached = SCDD.load(folder / "model", adata=stored[~stored.obs_names.isin(held_out["cell"])].copy())
+    how = {"counts": "expected", "start": "centroids", "matching": MatchingConfig(n_steps=0)}
+    assert (attached.condense(4, **how).X != ad.read_h5ad(folder / "condensed.h5ad").X).nnz == 0
     scores = pd.read_csv(folder / "evaluation.csv")
     assert set(scores["method"]) == {"scdd", "random"}
     assert len(scores) == 2 * 2 * 2

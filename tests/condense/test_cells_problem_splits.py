@@ -184,10 +184,19 @@ def test_too_few_donors():
     assert len(split_classes(np.tile([0, 1], 10), donors, train_size=0.5, validation_size=0.5)["train"]) == 10
 
 
-@pytest.mark.parametrize(("train", "validation"), [(0, 0.1), (0.7, 0), (0.9, 0.2), (-0.1, 0.5), (float("nan"), 0.1)])
+@pytest.mark.parametrize(
+    ("train", "validation"), [(0, 0.1), (0.7, 0), (0.9, 0.2), (-0.1, 0.5), (float("nan"), 0.1), ("x", 0.1), (0.7, None)]
+)
 def test_shares_out_of_range(train, validation):
     with pytest.raises(InvalidArgumentError, match=r"train_size=.* validation_size=.* have to be above 0"):
         split_classes(np.arange(20) % 2, train_size=train, validation_size=validation)
+
+
+@pytest.mark.parametrize("setting", [{"seed": -2}, {"seed": "a"}, {"n_top_genes": "x"}, {"n_top_genes": 0}])
+def test_problems_refuse_what_is_no_number(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(InvalidArgumentError, match=f"{name}={value!r} has to be an integer of at least"):
+        CondensationProblem.from_anndata(labelled(), "cell_type", **setting)
 
 
 # Problem

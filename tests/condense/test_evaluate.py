@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 
 from cellstill.condense.baselines import BASELINES
@@ -212,6 +213,13 @@ def test_features_serve_each_task_through_their_encoder():
     assert (found.loc[found.method == "same", "bytes"] == 4 * 60 * of["same"].n_cells[0]).all()
 
 
+def test_a_problem_without_test_cells_is_refused_before_anything_is_condensed():
+    untested = CondensationProblem.from_anndata(labelled_counts(), "cell_type", train_size=0.8, validation_size=0.2)
+    assert len(untested.test) == 0
+    with pytest.raises(InvalidArgumentError, match="problem has no test cells, .* train_size and validation_size"):
+        evaluate(untested, {"never": lambda *args: pytest.fail("condensed")}, seeds=[0], evaluators=["knn"])
+
+
 def test_a_task_of_one_category_is_refused():
     both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "constant"])
     with pytest.raises(InvalidArgumentError, match="'constant' has one category, 'same'"):
@@ -237,7 +245,7 @@ def test_progress_is_shown_in_a_terminal_unless_it_is_unwanted(problem, monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("os.isatty", lambda fd: True)
     err = shown()
-    assert "first, 1 per class" in err
+    assert "all cells, knn" in err
     assert "100%" in err
     assert shown(progress=False) == ""
 
@@ -282,7 +290,18 @@ def returns(**changes):
         (["random"], {"samples_per_class": [0]}, "samples_per_class=0"),
         (["random"], {"samples_per_class": [2, 2]}, "each once"),
         (["random"], {"seeds": []}, "seeds=.* at least one"),
-        (["random"], {"trained_with": {"random": ["svm"]}}, "'svm' is not known"),
+        (["random"], {"seeds": 3}, r"seeds=3 may be one seed or so many. Give seeds=\[3\] or range\(3\)"),
+        (["random"], {"seeds": [-1]}, "seeds=-1 has to be an integer of at least 0"),
+        (["random"], {"samples_per_class": "10"}, "samples_per_class='10' has to be an integer"),
+        (["random"], {"samples_per_class": [1.5]}, "samples_per_class=1.5 has to be an integer"),
+        (["random"], {"trained_with": {"random": ["svm"]}}, "trained_with='svm' is not known"),
+        (["random"], {"trained_with": {"zzz": ["knn"]}}, "trained_with='zzz' is not known. Use one of: 'random'"),
+        (len, {}, "methods has <built-in function len> under the name <.*'mine': function"),
+        ({"five": 5}, {}, "methods has 5 under the name 'five'"),
+        ({"few": lambda problem: None}, {}, "under the name 'few'. Give functions of problem, samples per class"),
+        ({"x": lambda *args: None}, {}, "'x' returned NoneType. A method has to return LabelledCells"),
+        ({"x": lambda *args: labelled_counts()}, {}, "'x' returned AnnData. A method has to return LabelledCells"),
+        (returns(of=lambda cells, p: cells[:2]), {}, "'faulty' returned .* one category of 'cell_type' only, 't0'"),
         (returns(of=lambda cells, p: LabelledCells(cells.counts[:, :5], cells.codes)), {}, "'faulty' returned 5 genes"),
         (returns(of=lambda cells, p: p.train), {}, "allows 1 to 8"),
         (returns(of=lambda cells, p: cells[np.arange(0)]), {}, "returned 0 cells"),
@@ -296,10 +315,35 @@ def returns(**changes):
     ],
     ids=[
         "unknown_method", "no_method", "unknown_evaluator", "no_cells", "budget_twice", "no_seeds",
-        "unknown_trained_with", "other_genes", "over_budget", "nothing", "unknown_class",
+        "seeds_or_how_many", "seed_below_0", "budget_text", "budget_fraction", "unknown_trained_with",
+        "trained_with_of_no_method", "function_without_name", "no_function", "other_arguments", "none", "anndata",
+        "one_class", "other_genes", "over_budget", "nothing", "unknown_class",
         "features_over_budget", "features_of_another_encoder",
     ],
 )  # fmt: skip
-def test_bad_input_is_refused(problem, methods, options, match):
+def test_bad_input_is_refused_before_all_cells_are_trained_on(problem, methods, options, match, monkeypatch):
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "train_full", lambda *args: pytest.fail("too late"))
     with pytest.raises(InvalidArgumentError, match=match):
         evaluate(problem, methods, **{"samples_per_class": [2], "seeds": [0], "evaluators": ["knn"], **options})
+
+
+def test_one_of_each_may_stand_for_a_list(problem):
+    alone = evaluate(
+        problem, "random", samples_per_class=2, seeds=[0], evaluators="knn", trained_with={"random": "knn"}
+    )
+    listed = evaluate(problem, ["random"], samples_per_class=[2], seeds=range(1), evaluators=["knn"])
+    columns = ["method", "samples_per_class", "seed", "evaluator", "macro_f1", "retention"]
+    pd.testing.assert_frame_equal(alone.scores[columns], listed.scores[columns])
+    assert alone.trained_with == {"random": ("knn",)}
+
+
+def test_encoders_of_features_may_give_tensors_and_have_to_take_cells(problem):
+    cells = first_cells(problem, 1, 0)
+    wanted = cells.expression().toarray()
+    features = Features(
+        wanted, cells.codes, lambda cells: torch.tensor(cells.expression().toarray(), requires_grad=True)
+    )
+    np.testing.assert_array_equal(features.encode(cells), wanted)
+    for encoder in (lambda: None, None):
+        with pytest.raises(InvalidArgumentError, match="encoder=.* cannot be called with cells"):
+            Features(wanted, cells.codes, encoder)

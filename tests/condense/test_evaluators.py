@@ -166,3 +166,10 @@ def test_bad_calls_are_refused():
             get_evaluators(names)
     with pytest.raises(InvalidArgumentError, match="trained on 90 genes"):
         EVALUATORS["knn"].fit(cells_of(2), 3).predict(np.zeros((4, 80)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_one_cell_of_each_of_many_classes_is_no_reason_to_warn(name):
+    counts = sp.csr_matrix(np.eye(30, 70, dtype=np.float32) + 1)
+    EVALUATORS[name].fit(LabelledCells(counts, np.arange(30)), 30).predict(counts)

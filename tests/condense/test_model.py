@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from functools import partial
 
@@ -13,7 +14,8 @@ import scipy.sparse as sp
 import torch
 
 from cellstill import SCDD
-from cellstill.condense import GeneratorConfig, LatentConfig, MatchingConfig
+from cellstill.condense import GeneratorConfig, LatentConfig, MatchingConfig, Variant
+from cellstill.condense import model as model_module
 from cellstill.condense import solver as solver_module
 from cellstill.condense.choice import validation_score
 from cellstill.condense.output import provenance_of
@@ -74,6 +76,48 @@ def assert_same_cells(one: anndata.AnnData, other: anndata.AnnData) -> None:
 
 
 # Condensed cells
+
+
+@pytest.mark.parametrize("kind", ["int", "category", "bool"])
+def test_integer_and_boolean_labels_come_back_as_they_were(trained, tmp_path, kind):
+    adata = trained.adata.copy()
+    late = (adata.obs["stage"] == "late").to_numpy()
+    of_kind = {"int": np.where(late, 10, 9), "category": pd.Categorical(np.where(late, 10, 9)), "bool": late}
+    adata.obs["label"] = of_kind[kind]
+    SCDD.setup_anndata(adata, ["label", "cell_type"], layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    model.save(tmp_path / "model")
+    loaded = SCDD.load(tmp_path / "model", adata)
+    how = {"counts": "expected", "start": "random", "matching": MatchingConfig(n_steps=0)}
+    found = loaded.condense(2, **how)
+    found.write_h5ad(tmp_path / "tiny.h5ad")
+    first, last = sorted({*np.asarray(of_kind[kind]).tolist()})
+    for tiny in (model.condense(2, **how), found, anndata.read_h5ad(tmp_path / "tiny.h5ad")):
+        labels = np.asarray(tiny.obs["label"])
+        assert labels.dtype == (bool if kind == "bool" else np.int64)
+        assert [name.split(" | ")[0] for name in tiny.obs_names] == [str(label) for label in labels]
+        assert set(labels) == {first, last}
+        assert tiny.obs["label"].cat.categories.tolist() == [first, last]
+        assert tiny.obs["cell_type"].cat.categories.tolist() == ["B cell", "T cell", "rare/odd"]
+    generated = SCDD.load(tmp_path / "model").generate(f"{last} | T cell", 3)
+    assert np.asarray(generated.obs["label"]).tolist() == [last] * 3
+
+
+def test_a_label_may_be_given_as_the_integer_that_it_is(trained):
+    adata = trained.adata.copy()
+    adata.obs["label"] = (adata.obs["stage"] == "late").to_numpy().astype(int)
+    SCDD.setup_anndata(adata, "label", layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    assert (model.generate(1, 2).X != model.generate("1", 2).X).nnz == 0
+
+
+def test_names_of_cells_as_labels_are_warned_of_before_training(trained, monkeypatch):
+    adata = trained.adata[:40].copy()
+    adata.obs["label"] = [*adata.obs_names[:38], "same", "same"]
+    SCDD.setup_anndata(adata, "label", layer="counts")
+    monkeypatch.setattr(model_module, "fit_space", lambda *args, **how: trained.model.space)
+    with pytest.warns(CellstillWarning, match="38 of 39 classes have a single cell .40 cells in all.*labels_key"):
+        SCDD(adata, **TINY).train(progress=False)
 
 
 def test_condensed_cells_are_counts_with_labels_codes_and_provenance(trained, condensed):
@@ -333,11 +377,36 @@ def test_views_are_refused(trained):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"seed": -1}, {"seed": 1.5}, {"seed": True}, {"validation_size": 0}, {"validation_size": 1.0}]
+    "setting",
+    [
+        {"seed": -1},
+        {"seed": 1.5},
+        {"seed": True},
+        {"validation_size": 0},
+        {"validation_size": 1.0},
+        {"validation_size": "x"},
+        {"validation_size": None},
+        {"latent_settings": {"n_latent": 5}},
+        {"latent_settings": GeneratorConfig()},
+        {"generator_settings": 5},
+    ],
 )
 def test_bad_settings(trained, setting):
-    with pytest.raises(InvalidArgumentError, match=next(iter(setting))):
+    ((name, value),) = setting.items()
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"{name}={value!r}")):
         fresh(trained, **setting)
+
+
+def test_settings_of_another_kind_are_refused_before_anything_is_trained_or_made(trained):
+    message = r"matching=\{'n_steps': 3\} is of the class dict. Give a MatchingConfig, such as MatchingConfig\(...\)"
+    for call in (partial(trained.model.condense, 2), Variant):
+        with pytest.raises(InvalidArgumentError, match=message):
+            call(matching={"n_steps": 3})
+
+
+def test_cells_that_do_not_exist_have_no_latent_representation(trained):
+    with pytest.raises(InvalidArgumentError, match="indices does not fit the 420 cells .* from 0 to 419"):
+        trained.model.get_latent_representation(indices=[5000])
 
 
 def test_untrained_models_say_so(trained, tmp_path):
@@ -460,11 +529,13 @@ def test_stored_files_hold_no_counts_and_no_pickle(trained):
     assert json.loads((trained.path / "model.json").read_text())["kind"] == "SCDD"
 
 
-@pytest.mark.parametrize("case", ["fewer", "order", "labels", "counts", "class", "genes"])
+@pytest.mark.parametrize("case", ["fewer", "more", "order", "labels", "counts", "class", "genes"])
 def test_other_cells_are_refused(trained, case):
     adata = trained.adata.copy()
     if case == "fewer":
         adata = adata[:200].copy()
+    elif case == "more":
+        adata = anndata.concat([adata, trained.new], index_unique="-")
     elif case == "order":
         adata = adata[::-1].copy()
     elif case == "labels":
@@ -477,9 +548,12 @@ def test_other_cells_are_refused(trained, case):
     else:
         adata = adata[:, 1:].copy()
     error = GeneMismatchError if case == "genes" else InvalidArgumentError
-    message = {"genes": "59 of the model's 60", "fewer": "200 cells", "class": "B CELL"}.get(
-        case, "other cells, labels"
-    )
+    message = {
+        "genes": "59 of the model's 60",
+        "fewer": "adata has 200 cells; the model was trained on 420. Attach the cells of training",
+        "more": "adata has 840 cells; the model was trained on 420. Leave out .* test_cells.csv",
+        "class": "B CELL",
+    }.get(case, "other cells, labels")
     with pytest.raises(error, match=message):
         SCDD.load(trained.path, adata)
 

@@ -32,8 +32,15 @@ def adata() -> AnnData:
 
 @pytest.mark.parametrize(
     "form",
-    [lambda z: z, sp.csr_matrix, torch.from_numpy, lambda z: pd.DataFrame(z, columns=list("abc")), np.ndarray.tolist],
-    ids=["array", "sparse", "tensor", "frame", "list"],
+    [
+        lambda z: z,
+        sp.csr_matrix,
+        torch.from_numpy,
+        lambda z: torch.tensor(z, dtype=torch.bfloat16, requires_grad=True),
+        lambda z: pd.DataFrame(z, columns=list("abc")),
+        np.ndarray.tolist,
+    ],
+    ids=["array", "sparse", "tensor", "tensor_with_gradient", "frame", "list"],
 )
 def test_encoders_are_asked_once_and_give_float32(adata, form):
     encoder = Encoder(form(Z))
@@ -53,6 +60,16 @@ def test_embeddings_that_are_there_are_read(adata, form):
 def test_the_protocol_is_told_by_its_method():
     assert isinstance(Encoder(Z), FoundationEncoder)
     assert not isinstance(np.zeros(3), FoundationEncoder)
+
+
+def test_an_encoder_that_takes_no_cells_is_refused(adata):
+    class Deaf:
+        def get_latent_representation(self):
+            return Z
+
+    message = r"latent: Deaf.get_latent_representation\(\) cannot be called with the cells"
+    with pytest.raises(InvalidArgumentError, match=message):
+        embed(Deaf(), adata)
 
 
 def test_absent_key_is_an_error_that_lists_those_that_exist(adata):

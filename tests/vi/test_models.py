@@ -747,11 +747,13 @@ def test_arguments_of_scvi_are_told_what_takes_their_place(rna, call, name, inst
 
 
 def test_messages_name_what_the_user_wrote(rna, tmp_path):
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
     with pytest.raises(InvalidArgumentError, match=r"^dropout_rate=1 has to be at least 0 and below 1"):
-        AmbientRegularizedSCVI(rna.adata, dropout_rate=1)
+        AmbientRegularizedSCVI(adata, dropout_rate=1)
     with pytest.raises(MissingKeyError, match=r"batch_key='b' is not in adata.obs. adata.obs has: 'lane'") as error:
-        AmbientRegularizedSCVI.setup_anndata(rna.adata, batch_key="b")
-    assert any(column.startswith("_scvi") for column in rna.adata.obs)
+        AmbientRegularizedSCVI.setup_anndata(adata, batch_key="b")
+    assert any(column.startswith("_scvi") for column in adata.obs)
     assert "_scvi" not in str(error.value)
     one_gene = make(n_vars=1)
     one_gene.X = np.ones((N, 1), dtype=np.float32)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cellstill import SCDD
     from cellstill.condense import Evaluation
 
-RESULTS = ("condensed.h5ad", "evaluation.csv", "figures", "model", "summary.json")
+RESULTS = ("condensed.h5ad", "evaluation.csv", "figures", "model", "summary.json", "test_cells.csv")
 """Names in a folder of results; one that holds anything else is never replaced."""
 
 
@@ -66,7 +66,8 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
     settings
         What to do.
     folder
-        Where ``condensed.h5ad``, ``model/``, ``figures/``, ``summary.json`` and ``evaluation.csv`` go.
+        Where ``condensed.h5ad``, ``model/``, ``figures/`` and ``summary.json`` go, and with an evaluation
+        ``evaluation.csv`` and ``test_cells.csv``: the cells that the model does not know.
     checkpoint
         Folder for the state of training and for results, from which the run goes on if it holds some.
     term
@@ -146,6 +147,8 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
         condensed.write_h5ad(folder / "condensed.h5ad", compression="gzip")
         if evaluation is not None:
             evaluation.scores.to_csv(folder / "evaluation.csv", index=False)
+            held_out = pd.DataFrame({"cell": adata.obs_names[test], "row": test})
+            held_out.to_csv(folder / "test_cells.csv", index=False)
     peak = peak_mb()
     from cellstill.condense.output import provenance_of
 

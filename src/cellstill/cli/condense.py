@@ -188,7 +188,8 @@ def condense(
     """Make a few synthetic cells of each class, from which a classifier learns almost as much as from all cells.
 
     Writes a folder, complete or not at all: `condensed.h5ad` (synthetic counts and their labels), `model/`, which
-    generates more, `figures/` and `summary.json`; with `--evaluate` also `evaluation.csv`. The input is not changed.
+    generates more, `figures/` and `summary.json`; with `--evaluate` also `evaluation.csv` and `test_cells.csv`, the
+    names of the cells that were set aside. The input is not changed.
 
     Example: `cellstill condense atlas.h5ad --label-key cell_type --donor-key donor --spc 10 --evaluate`
     """

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from cellstill.data.expression import log_expression
 from cellstill.errors import InvalidArgumentError
+from cellstill.foundation.base import accepts, as_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,11 @@ class Features:
             )
         if not np.isfinite(self.values).all():
             raise InvalidArgumentError("values has NaN or infinity. Give finite features.")
+        if not callable(self.encoder) or not accepts(self.encoder, None):
+            raise InvalidArgumentError(
+                f"encoder={self.encoder!r} cannot be called with cells. Give a function from LabelledCells to their "
+                "features."
+            )
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -108,7 +114,7 @@ class Features:
         InvalidArgumentError
             The encoder gives another shape, NaN or infinity.
         """
-        found = np.asarray(self.encoder(cells), dtype=np.float32)
+        found = as_float32(self.encoder(cells))
         n_bad = int((~np.isfinite(found)).sum())
         if found.shape != (len(cells), self.values.shape[1]) or n_bad:
             raise InvalidArgumentError(

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,8 @@ from cellstill.condense.evaluated import Condensed, Evaluation, FullData
 from cellstill.condense.evaluators import Evaluator, get_evaluators
 from cellstill.condense.problem import CondensationProblem, Task
 from cellstill.condense.progress import bars
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError, check_option, whole_number
+from cellstill.foundation.base import accepts
 
 _log = logging.getLogger("cellstill")
 
@@ -30,12 +33,12 @@ Features in place of cells count as so many cells; classifiers are trained on th
 
 def evaluate(
     problem: CondensationProblem,
-    methods: Iterable[str] | Mapping[str, Method | str],
+    methods: str | Iterable[str] | Mapping[str, Method | str],
     *,
-    samples_per_class: Sequence[int] = (1, 10, 50),
-    seeds: Sequence[int] = (0, 1, 2),
-    evaluators: Iterable[str] | None = None,
-    trained_with: Mapping[str, Collection[str]] | None = None,
+    samples_per_class: int | Iterable[int] = (1, 10, 50),
+    seeds: Iterable[int] = (0, 1, 2),
+    evaluators: str | Iterable[str] | None = None,
+    trained_with: Mapping[str, str | Collection[str]] | None = None,
     full: FullData | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
@@ -54,11 +57,12 @@ def evaluate(
         the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it. It
         returns cells, or :class:`~cellstill.condense.cells.Features`, whose classifiers see features in place of genes.
     samples_per_class
-        Budgets; a class with fewer training cells is kept whole, and the compression is reported.
+        Budgets, or one; a class with fewer training cells is kept whole, and the compression is reported.
     seeds
-        Of the methods and of the evaluators. Three tell a large difference, five or more a small one.
+        Of the methods and of the evaluators, as a list or range. Three tell a large difference, five or more a small
+        one.
     evaluators
-        Names in :data:`~cellstill.condense.evaluators.EVALUATORS`; all six by default.
+        Names in :data:`~cellstill.condense.evaluators.EVALUATORS`, or one; all six by default.
     trained_with
         Evaluators whose architecture a method trained with, by the method's name, for the cross-architecture gap. Those
         of the baselines are known.
@@ -72,30 +76,36 @@ def evaluate(
     Raises
     ------
     InvalidArgumentError
-        An unknown method or evaluator, a task of one category, ``full`` of another problem, or a method that returns
-        other genes, unknown classes, no cells, or more cells than its budget.
+        A problem without test cells, an unknown method or evaluator, a task of one category, ``full`` of another
+        problem, or a method that returns anything but cells or features, or other genes, unknown classes, one class
+        alone, no cells, or more cells than its budget.
     OptionalDependencyError
         A baseline needs a package that is not installed.
     """
+    if not len(problem.test):
+        raise InvalidArgumentError(
+            "problem has no test cells, so nothing can be scored. Split it with train_size and validation_size that "
+            "leave some: CondensationProblem.from_anndata(..., train_size=0.7, validation_size=0.1)."
+        )
     check_tasks(problem.tasks)
     named = _methods(methods)
     judges = get_evaluators(evaluators)
-    budgets, repeats = _distinct("samples_per_class", samples_per_class), _distinct("seeds", seeds)
-    known = {name: BASELINES[name].trained_with for name in named if name in BASELINES}
-    gaps = {name: tuple(names) for name, names in {**known, **(trained_with or {})}.items() if name in named}
-    for names in gaps.values():
-        get_evaluators(names or None)
-    for size in budgets:
-        problem.budget(size)
+    if isinstance(seeds, Integral):
+        raise InvalidArgumentError(f"seeds={seeds} may be one seed or so many. Give seeds=[{seeds}] or range({seeds}).")
+    budgets, repeats = _distinct("samples_per_class", samples_per_class, least=1), _distinct("seeds", seeds, least=0)
+    gaps = _gaps(named, trained_with or {})
+    if full is not None and not full.belongs_to(problem):
+        raise InvalidArgumentError("full holds predictions of another problem: its cells, labels or split differ.")
     n_steps = len(judges) * len(repeats) * (1 + len(named) * len(budgets))
     with _bar(progress, n_steps) as advance:
-        full = train_full(problem, judges, repeats, full, advance)
         condensed: list[Condensed] = []
         for name, method in named.items():
             for size in budgets:
                 for seed in repeats:
                     advance(f"{name}, {size} per class", 0)
                     condensed.append(_condense(problem, name, method, size, seed, judges, advance))
+        # Last, because a method that fails should do so before this, which takes longest.
+        full = train_full(problem, judges, repeats, full, advance)
     return Evaluation(problem, tuple(condensed), full, tuple(judge.name for judge in judges), gaps)
 
 
@@ -107,8 +117,6 @@ def train_full(
     advance: Callable[[str, int], None] = lambda label, n: None,
 ) -> FullData:
     """Predictions of the test cells by evaluators trained on all training cells; ``known`` ones are taken over."""
-    if known is not None and not known.belongs_to(problem):
-        raise InvalidArgumentError("full holds predictions of another problem: its cells, labels or split differ.")
     predictions = {} if known is None else dict(known.predictions)
     for seed in seeds:
         for evaluator in evaluators:
@@ -152,7 +160,12 @@ def _condense(
     return Condensed(name, samples_per_class, seed, len(cells), seconds, memory["added_mb"], cells.n_bytes, predictions)
 
 
-def _check(problem: CondensationProblem, name: str, cells: LabelledCells | Features, samples_per_class: int) -> None:
+def _check(problem: CondensationProblem, name: str, cells: object, samples_per_class: int) -> None:
+    if not isinstance(cells, LabelledCells | Features):
+        raise InvalidArgumentError(
+            f"{name!r} returned {type(cells).__name__}. A method has to return LabelledCells(counts, codes), with "
+            "codes of problem.classes, or Features."
+        )
     allowed = int(problem.budget(samples_per_class).sum())
     if isinstance(cells, LabelledCells) and cells.n_vars != problem.train.n_vars:
         raise InvalidArgumentError(f"{name!r} returned {cells.n_vars} genes; the problem has {problem.train.n_vars}.")
@@ -162,12 +175,17 @@ def _check(problem: CondensationProblem, name: str, cells: LabelledCells | Featu
         )
     if cells.codes.min() < 0 or cells.codes.max() >= problem.n_classes:
         raise InvalidArgumentError(f"{name!r} returned classes outside 0 .. {problem.n_classes - 1}.")
+    for task in problem.tasks:
+        found = np.unique(task.of_class[cells.codes])
+        if len(found) < 2:
+            raise InvalidArgumentError(
+                f"{name!r} returned cells of one category of {task.key!r} only, {task.names[found[0]]!r}. Classifiers "
+                "need two at least: return cells of every class."
+            )
 
 
-def _methods(methods: Iterable[str] | Mapping[str, Method | str]) -> dict[str, Method]:
-    if isinstance(methods, str):
-        methods = [methods]
-    given = dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+def _methods(methods: str | Iterable[str] | Mapping[str, Method | str]) -> dict[str, Method]:
+    given: dict[Any, Any] = dict(methods) if isinstance(methods, Mapping) else {name: name for name in _listed(methods)}
     if not given:
         raise InvalidArgumentError(
             f"methods is empty. Name some of: {', '.join(BASELINES)}; or give functions by name."
@@ -178,14 +196,35 @@ def _methods(methods: Iterable[str] | Mapping[str, Method | str]) -> dict[str, M
             check_option("methods", method, BASELINES)
             BASELINES[method].check_installed()
             method = BASELINES[method].condense
+        elif not (isinstance(name, str) and callable(method) and accepts(method, None, 1, 0)):
+            raise InvalidArgumentError(
+                f"methods has {method!r} under the name {name!r}. Give functions of problem, samples per class and "
+                "seed by name: methods={'mine': function}."
+            )
         found[name] = method
     return found
 
 
-def _distinct(argument: str, values: Sequence[int]) -> list[int]:
-    if not len(values) or len(set(values)) < len(values):
-        raise InvalidArgumentError(f"{argument}={list(values)} has to hold at least one number, each once.")
-    return [int(value) for value in values]
+def _gaps(methods: Collection[str], trained_with: Mapping[str, str | Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Evaluators whose architecture each method trained with, as far as that is known."""
+    for name in trained_with:
+        check_option("trained_with", name, methods)
+    known = {name: BASELINES[name].trained_with for name in methods if name in BASELINES}
+    return {
+        name: tuple(judge.name for judge in get_evaluators(names, "trained_with")) if names else ()
+        for name, names in {**known, **trained_with}.items()
+    }
+
+
+def _distinct(argument: str, values: int | Iterable[int], *, least: int) -> list[int]:
+    found = [whole_number(argument, value, least=least) for value in _listed(values)]
+    if not found or len(set(found)) < len(found):
+        raise InvalidArgumentError(f"{argument}={found} has to hold at least one number, each once.")
+    return found
+
+
+def _listed(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
 
 
 def check_tasks(tasks: Iterable[Task]) -> None:

@@ -9,6 +9,7 @@ labels. They run on the CPU, and repeat themselves for the same cells, seed and 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -121,16 +122,20 @@ class Evaluator:
                     "counts has negative values, NaN or infinity. Give counts, or expectations of them."
                 )
         matrix = _dense(cells.expression() if isinstance(cells, LabelledCells) else cells.values)
-        return FittedEvaluator(self.name, matrix.shape[1], n_classes, self.train(matrix, cells.codes, n_classes, seed))
+        with warnings.catch_warnings():
+            # scikit-learn takes few cells of many classes for a regression.
+            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+            classify = self.train(matrix, cells.codes, n_classes, seed)
+        return FittedEvaluator(self.name, matrix.shape[1], n_classes, classify)
 
 
-def get_evaluators(names: Iterable[str] | None = None) -> list[Evaluator]:
-    """Evaluators by their names, in that order; all of :data:`EVALUATORS` by default."""
-    names = list(EVALUATORS) if names is None else list(names)
+def get_evaluators(names: str | Iterable[str] | None = None, argument: str = "evaluators") -> list[Evaluator]:
+    """Evaluators by their names, or one by its name, in that order; all of :data:`EVALUATORS` by default."""
+    names = list(EVALUATORS) if names is None else [names] if isinstance(names, str) else list(names)
     for name in names:
-        check_option("evaluators", name, EVALUATORS)
+        check_option(argument, name, EVALUATORS)
     if not names or len(set(names)) < len(names):
-        raise InvalidArgumentError(f"evaluators={names} has to name at least one, each once: {', '.join(EVALUATORS)}.")
+        raise InvalidArgumentError(f"{argument}={names} has to name at least one, each once: {', '.join(EVALUATORS)}.")
     return [EVALUATORS[name] for name in names]
 
 

@@ -12,6 +12,7 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.settings import given_or_default
 from cellstill.condense.shared import shared_space
 from cellstill.condense.solver import Condensed, condense, unmatched
 from cellstill.condense.starts import Start
@@ -43,6 +44,11 @@ class Variant:
     latent: LatentConfig | None = None
     generator: GeneratorConfig | None = None
     teacher_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        given_or_default("matching", self.matching, MatchingConfig)
+        given_or_default("latent", self.latent, LatentConfig)
+        given_or_default("generator", self.generator, GeneratorConfig)
 
     def __call__(self, problem: CondensationProblem, samples_per_class: int, seed: int = 0) -> LabelledCells:
         """Condense the training cells of a problem."""

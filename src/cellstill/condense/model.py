@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
 from cellstill.condense.problem import CondensationProblem, Task, read_labels
 from cellstill.condense.progress import showing_steps
+from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
@@ -96,13 +98,14 @@ class SCDD(RegisteredModel):
         whole_number("seed", seed, least=0)
         if n_top_genes is not None:
             n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
-        if not 0 < validation_size < 1:
+        is_number = isinstance(validation_size, Real) and not isinstance(validation_size, bool)
+        if not is_number or not 0 < validation_size < 1:
             raise InvalidArgumentError(f"validation_size={validation_size!r} has to be above 0 and below 1.")
         self.latent = latent
         self.n_top_genes = n_top_genes
-        self.validation_size = validation_size
-        self.latent_settings = latent_settings or LatentConfig()
-        self.generator_settings = generator_settings or GeneratorConfig()
+        self.validation_size = float(validation_size)
+        self.latent_settings = given_or_default("latent_settings", latent_settings, LatentConfig)
+        self.generator_settings = given_or_default("generator_settings", generator_settings, GeneratorConfig)
         self.seed = int(seed)
         self.history_: dict[str, pd.DataFrame] = {}
         self._setup = setup_args(self.registry)
@@ -129,7 +132,8 @@ class SCDD(RegisteredModel):
             Counts and labels. Not a view.
         labels_key
             Column of ``adata.obs`` with the labels; several, if one set is to serve several tasks: a class is then a
-            combination of their categories.
+            combination of their categories. Labels are called by their text; integers and truth values come back as
+            such with the synthetic cells.
         layer
             Layer of counts; ``None`` reads ``X``.
         donor_key
@@ -285,9 +289,10 @@ class SCDD(RegisteredModel):
 
         Returns
         -------
-        Synthetic cells: counts in ``X``, labels in ``obs``, codes in ``obsm["X_scdd"]``, provenance and the candidates'
-        scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]`` points of the latent space, each of its row's class but
-        not always its row's cell: chosen for classifiers that see :meth:`get_latent_representation` of new cells.
+        Synthetic cells: counts in ``X``, labels in ``obs`` (integers, truth values or text, as they were), codes in
+        ``obsm["X_scdd"]``, provenance and the candidates' scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]``
+        points of the latent space, each of its row's class but not always its row's cell: chosen for classifiers that
+        see :meth:`get_latent_representation` of new cells.
 
         Raises
         ------
@@ -304,6 +309,7 @@ class SCDD(RegisteredModel):
         space, problem = self._require_space(), self.problem
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
+        matching = given_or_default("matching", matching, MatchingConfig)
         warn_about_capped_classes(problem, samples_per_class)
         how: dict[str, Any] = {"counts": counts, "start": start, "matching": matching, "seed": seed}
         with showing_steps(progress, on_step) as told:
@@ -321,7 +327,7 @@ class SCDD(RegisteredModel):
                 "detection": found.rendering.detection,
                 "start": found.start,
                 "matching_steps": found.n_steps,
-                "matching": asdict(matching or MatchingConfig()),
+                "matching": asdict(matching),
                 "latent": self._latent_name(),
                 "n_real": len(problem.train),
                 "n_synthetic": len(found.cells),
@@ -333,7 +339,7 @@ class SCDD(RegisteredModel):
 
     def generate(
         self,
-        label: str,
+        label: str | int,
         n: int,
         *,
         counts: Literal["expected", "rounded", "sampled"] = "sampled",
@@ -344,7 +350,8 @@ class SCDD(RegisteredModel):
         Parameters
         ----------
         label
-            Class.
+            Class, one of :attr:`classes`. With several labels it is called by all of them, in the order of
+            ``labels_key``: ``"B cells | ctrl"``.
         n
             Number of cells.
         counts
@@ -359,6 +366,7 @@ class SCDD(RegisteredModel):
         """
         space = self._require_space()
         classes, tasks, genes = self._known()
+        label = str(label)
         check_option("label", label, classes)
         check_option("counts", counts, [form for form in FORMS if form != "mixed"])
         whole_number("n", n, least=1)
@@ -388,15 +396,22 @@ class SCDD(RegisteredModel):
         Returns
         -------
         float32, shape ``(n, n_latent)``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            ``indices`` names no cell, or one that does not exist.
+        GeneMismatchError
+            ``adata`` lacks too many genes of the model.
         """
         space = self._require_space()
         adata = self._require_adata() if adata is None else adata
+        rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         layer = self._setup["layer"]
         check_counts(adata, layer, set_up=True)
         counts, _ = align_genes(
             as_csr(get_layer(adata, layer)).astype(np.float32), adata.var_names.astype(str), self.gene_names.tolist()
         )
-        rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         cells = counts[rows]
         return space.encode(LabelledCells(cells, np.zeros(cells.shape[0], dtype=np.int64))).cpu().numpy()
 
@@ -419,7 +434,7 @@ class SCDD(RegisteredModel):
             "validation_size": self.validation_size,
             "seed": self.seed,
             "classes": list(classes),
-            "tasks": [{"key": t.key, "names": list(t.names), "of_class": t.of_class.tolist()} for t in tasks],
+            "tasks": [asdict(task) | {"of_class": task.of_class.tolist()} for task in tasks],
             "space": space_config(space),
         }
         rows = {f"rows.{name}": part for name, part in parts.items()}
@@ -448,17 +463,21 @@ class SCDD(RegisteredModel):
         try:
             setup, space = config["setup"], restore_space(tensors, config["space"])
             tasks = tuple(
-                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64)) for t in config["tasks"]
+                # Models saved by earlier versions do not know the types of labels; theirs are text.
+                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64), t.get("dtype", "str"))
+                for t in config["tasks"]
             )
             classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
             rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry = None
+        registry, n_cells = None, sum(map(len, rows.values()))
         if adata is None:
             columns = {f"labels{k or ''}": task.key for k, task in enumerate(tasks)}
             known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(tasks)}
             registry = category_registry(cls.__name__, setup, known, columns=columns)
+        elif adata.n_obs != n_cells:
+            raise InvalidArgumentError(_of_other_number(adata.n_obs, n_cells))
         else:
             cls.setup_anndata(adata, setup["labels_key"], layer=setup["layer"], donor_key=setup["donor_key"])
         model = cls(
@@ -512,3 +531,14 @@ class SCDD(RegisteredModel):
         self._require_space()
         assert self._names is not None
         return self._names
+
+
+def _of_other_number(n_found: int, n_cells: int) -> str:
+    told = f"adata has {n_found} cells; the model was trained on {n_cells}. "
+    if n_found > n_cells:
+        told += (
+            "Leave out those that were set aside. `cellstill condense --evaluate` names them in test_cells.csv beside "
+            'the model: held_out = pd.read_csv("test_cells.csv", dtype=str, keep_default_na=False)["cell"]; adata = '
+            "adata[~adata.obs_names.isin(held_out)].copy(). "
+        )
+    return told + "Attach the cells of training, or load without data and generate."

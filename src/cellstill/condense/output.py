@@ -48,8 +48,9 @@ def to_anndata(
 
     Returns
     -------
-    Counts in ``X`` (CSR), a categorical column in ``obs`` for each task, genes in ``var_names``; in ``uns["scdd"]`` the
-    provenance: JSON text, plain numbers and tables, which h5ad and Zarr hold.
+    Counts in ``X`` (CSR), a categorical column in ``obs`` for each task, whose categories are integers or truth values
+    if those of the real cells are and else text, genes in ``var_names``; in ``uns["scdd"]`` the provenance: JSON text,
+    plain numbers and tables, which h5ad and Zarr hold.
     """
     number = np.zeros(len(cells), dtype=np.int64)
     for code in range(len(classes)):
@@ -57,10 +58,7 @@ def to_anndata(
         number[own] = np.arange(len(own))
     names = [f"{classes[code]}-{k}" for code, k in zip(cells.codes, number, strict=True)]
     obs = pd.DataFrame(
-        {
-            task.key: pd.Categorical([task.names[k] for k in task.of_class[cells.codes]], categories=list(task.names))
-            for task in tasks
-        },
+        {task.key: pd.Categorical.from_codes(task.of_class[cells.codes], categories=task.categories) for task in tasks},
         index=pd.Index(names),
     )
     found: dict[str, Any] = {

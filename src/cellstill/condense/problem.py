@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -42,11 +42,21 @@ class Task:
         Its categories, in the order of their codes.
     of_class
         Category of each class, int64, shape ``(n_classes,)``.
+    dtype
+        Of the categories: ``"int64"``, ``"bool"``, or ``"str"`` for all else.
     """
 
     key: str
     names: tuple[str, ...]
     of_class: np.ndarray
+    dtype: str = "str"
+
+    @property
+    def categories(self) -> pd.Index[Any]:
+        """The categories as they were, of which ``names`` is the text."""
+        if self.dtype == "bool":
+            return pd.Index([name == "True" for name in self.names])
+        return pd.Index([int(name) for name in self.names] if self.dtype == "int64" else self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +130,8 @@ class CondensationProblem:
             The layer holds no counts.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        if n_top_genes is not None:
+            n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
         check_unique_genes(adata.var_names)
         check_counts(adata, layer, allow_noninteger=None)
         codes, classes, _ = read_labels(adata, keys)
@@ -242,10 +254,15 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
             "categories that contain ' | '."
         )
     tasks = tuple(
-        Task(key, known, combinations[:, k].astype(np.int64))
-        for k, (key, known) in enumerate(zip(keys, names, strict=True))
+        Task(key, known, combinations[:, k].astype(np.int64), _dtype(column))
+        for k, (key, known, column) in enumerate(zip(keys, names, columns, strict=True))
     )
     return codes.ravel().astype(np.int64), classes, tasks
+
+
+def _dtype(column: pd.Series) -> str:
+    categories = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    return {"b": "bool", "i": "int64", "u": "int64"}.get(getattr(categories.dtype, "kind", "O"), "str")
 
 
 def _check_labelled(key: str, column: pd.Series, names: Sequence[str]) -> None:
@@ -261,6 +278,14 @@ def _check_labelled(key: str, column: pd.Series, names: Sequence[str]) -> None:
 
 
 def _warn_about_small_classes(codes: np.ndarray, classes: Sequence[str], parts: dict[str, np.ndarray]) -> None:
+    n_single = int((np.bincount(codes, minlength=len(classes)) == 1).sum())
+    if n_single > len(classes) / 2:
+        warnings.warn(
+            f"{n_single} of {len(classes)} classes have a single cell ({len(codes)} cells in all), of which nothing "
+            "can be condensed or tested. Is labels_key the column of labels?",
+            CellstillWarning,
+            stacklevel=3,
+        )
     absent = {
         name: [classes[code] for code in range(len(classes)) if not (codes[rows] == code).any()]
         for name, rows in parts.items()

@@ -16,6 +16,7 @@ from cellstill.condense.choice import mean_score, validation_score
 from cellstill.condense.counts import FORMS, CountsForm, Rendering
 from cellstill.condense.matching import MatchingConfig, match_codes
 from cellstill.condense.problem import CondensationProblem
+from cellstill.condense.settings import given_or_default
 from cellstill.condense.space import Space
 from cellstill.condense.starts import STARTS, Start, labels_of_budget, start_codes
 from cellstill.errors import check_option
@@ -109,7 +110,7 @@ def condense(
     """
     check_option("counts", counts, ("auto", *FORMS))
     check_option("start", start, ("auto", *STARTS))
-    matching = matching or MatchingConfig()
+    matching = given_or_default("matching", matching, MatchingConfig)
     codes = labels_of_budget(problem.budget(samples_per_class))
     label = torch.from_numpy(codes).to(space.device)
     states: dict[tuple[Start, int], torch.Tensor] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 
-from cellstill.errors import InvalidArgumentError
+from cellstill.errors import InvalidArgumentError, whole_number
 
 _N_ORDERS = 200
 
@@ -40,12 +42,14 @@ def split_classes(
     Raises
     ------
     InvalidArgumentError
-        Shares out of range, or fewer donors than parts.
+        Shares or a seed out of range, or fewer donors than parts.
     """
-    shares = np.array([train_size, validation_size, 1 - train_size - validation_size])
+    seed = whole_number("seed", seed, least=0)
+    numbers = all(isinstance(size, Real) and not isinstance(size, bool) for size in (train_size, validation_size))
+    shares = np.array([train_size, validation_size, 1 - train_size - validation_size]) if numbers else np.zeros(3)
     if not ((shares[:2] > 0).all() and shares[2] >= -1e-9):
         raise InvalidArgumentError(
-            f"train_size={train_size} and validation_size={validation_size} have to be above 0, and at most 1 "
+            f"train_size={train_size!r} and validation_size={validation_size!r} have to be above 0, and at most 1 "
             "together: some cells train, some choose, and the rest judge."
         )
     if shares[2] < 1e-9:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from cellstill.errors import InvalidArgumentError, check_option
+from cellstill.errors import InvalidArgumentError, UnknownCellError, check_option
 
 
 def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> np.ndarray:
@@ -17,8 +17,8 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
     ------
     InvalidArgumentError
         No cell is selected, or ``indices`` are no list of integers or truth values, such as names or a number.
-    IndexError
-        A cell does not exist, or a mask is of another length.
+    UnknownCellError
+        A cell does not exist, or a mask is of another length. It is an ``IndexError``, too.
     """
     if not isinstance(indices, slice):
         chosen = np.asarray(indices)
@@ -40,7 +40,13 @@ def cell_positions(indices: np.ndarray | Sequence[int] | slice, n_obs: int) -> n
             )
         indices = chosen if chosen.dtype == bool else chosen.astype(np.intp)
     # Masks and slices become positions; NumPy refuses a mask of another length.
-    positions = np.arange(n_obs)[indices]
+    try:
+        positions = np.arange(n_obs)[indices]
+    except IndexError as error:
+        raise UnknownCellError(
+            f"indices does not fit the {n_obs} cells there are ({error}). Give positions from 0 to {n_obs - 1}, a "
+            "slice, or a mask of all cells."
+        ) from error
     if positions.size == 0:
         raise InvalidArgumentError("indices selects no cell. Give positions, a slice, or a mask of all cells.")
     return positions

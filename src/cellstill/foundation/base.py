@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from cellstill.errors import InvalidArgumentError, check_key
 
@@ -43,21 +46,27 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
     MissingKeyError
         There is no such key.
     InvalidArgumentError
-        ``source`` embeds nothing, or what it gives is not a finite matrix with a row for each cell.
+        ``source`` embeds nothing or takes no cells, or what it gives is not a finite matrix with a row for each cell.
     """
     found: Any
     if isinstance(source, str):
         check_key(argument, source, "adata.obsm", adata.obsm.keys())
         found, name = adata.obsm[source], f"adata.obsm[{source!r}]"
     elif isinstance(source, FoundationEncoder) and not isinstance(source, type):
-        found, name = source.get_latent_representation(adata), f"{type(source).__name__}.get_latent_representation"
+        name = f"{type(source).__name__}.get_latent_representation"
+        if not accepts(source.get_latent_representation, adata):
+            raise InvalidArgumentError(
+                f"{argument}: {name}{inspect.signature(source.get_latent_representation)} cannot be called with the "
+                "cells to embed. Give an encoder with get_latent_representation(adata)."
+            )
+        found = source.get_latent_representation(adata)
     else:
         raise InvalidArgumentError(
             f"{argument}={source!r} embeds no cells. Give a key of adata.obsm, or a trained model or encoder with "
             "get_latent_representation(adata)."
         )
     try:
-        embedding = np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float32)
+        embedding = as_float32(found)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(
             f"{argument}: {name} holds no numbers ({error}). Give a matrix of numbers."
@@ -69,3 +78,21 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
             f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
         )
     return embedding
+
+
+def as_float32(found: Any) -> np.ndarray:
+    """An array, a table, a sparse matrix or a tensor, on any device and with or without gradient, as dense float32."""
+    if isinstance(found, torch.Tensor):
+        return found.float().numpy(force=True)
+    return np.asarray(found.toarray() if sp.issparse(found) else found, dtype=np.float32)
+
+
+def accepts(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function can be called with so many arguments; one that does not tell is taken to."""
+    try:
+        inspect.signature(function).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
