@@ -82,6 +82,29 @@ def test_permuted_genes_and_cells_are_put_right(model, folder, simulated):
     np.testing.assert_array_equal(permuted.latent.student, model.latent.student)
 
 
+def test_arrays_have_the_genes_in_the_order_of_their_data(model, folder, simulated, tmp_path):
+    """They fit into layers, whichever order the model learned; names that are asked for are given as asked."""
+    genes = np.random.default_rng(2).permutation(simulated.n_vars)
+    permuted = Distiller.load(folder, simulated[:, genes].copy())
+    wanted = model.corrected_expression()[:, genes]
+    np.testing.assert_allclose(permuted.corrected_expression(), wanted, rtol=1e-5, atol=1e-5)
+    written = permuted.corrected_expression(out=tmp_path / "corrected.zarr")
+    np.testing.assert_allclose(written[:], wanted, rtol=1e-5, atol=1e-5)
+    of_others = model.get_normalized_expression(simulated[:, genes].copy(), return_numpy=True)
+    table = permuted.get_normalized_expression()
+    assert table.columns.tolist() == simulated.var_names[genes].tolist()
+    np.testing.assert_allclose(of_others, table, rtol=1e-5)
+    np.testing.assert_allclose(table[simulated.var_names], model.get_normalized_expression(), rtol=1e-5)
+    asked = simulated.var_names[[7, 3]].tolist()
+    np.testing.assert_allclose(
+        permuted.corrected_expression(genes=asked), model.corrected_expression(genes=asked), rtol=1e-5, atol=1e-5
+    )
+    missing = pytest.warns(CellstillWarning, match="5 of the model's 300 genes are missing")
+    with missing, pytest.warns(CellstillWarning, match="lack 5 of the model's .* in the model's order"):
+        found = model.get_normalized_expression(simulated[:, 5:].copy(), return_numpy=True)
+    assert found.shape == simulated.shape
+
+
 def test_missing_genes_warn_and_too_few_are_refused(model, folder, simulated):
     with pytest.warns(CellstillWarning, match="30 of the model's 300 genes are missing"):
         partly = Distiller.load(folder, simulated[:, 30:].copy())

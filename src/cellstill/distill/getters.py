@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from cellstill.data.order import order_of
 from cellstill.data.selection import gene_positions
 from cellstill.distill.cells import Cells
 from cellstill.distill.trained import Trained
@@ -90,7 +91,8 @@ class Getters(Trained):
             Decode every cell as this batch, or as each of several and average; ``None`` decodes each cell as its own
             batch, or with the mean embedding where the model does not know it.
         gene_list
-            Genes wanted, in order; ``None`` takes all.
+            Genes wanted, in order; ``None`` takes all, in the order of the cells' data, or in the model's where those
+            of the data are others, which a warning says if the result has no names.
         library_size
             Total of a cell over all genes: 1 gives proportions, 1e4 counts per 10,000, ``"observed"`` expected counts
             at the cell's own depth.
@@ -107,6 +109,7 @@ class Getters(Trained):
         DataFrame of cells x genes; an array with ``return_numpy``; what was written to, with ``out``.
         """
         return self._decode(
+            self.adata if adata is None else adata,
             self._cells(adata)[indices],
             self._batch_codes(transform_batch, "transform_batch"),
             gene_list,
@@ -134,7 +137,7 @@ class Getters(Trained):
             Batch as which every cell is decoded, or several, whose proportions are averaged; ``None`` averages over all
             batches of training.
         genes
-            Genes wanted, in order; ``None`` takes all.
+            Genes wanted, in order; ``None`` takes all, as ``gene_list`` of :meth:`get_normalized_expression`.
         indices, batch_size, out
             As in :meth:`get_normalized_expression`.
 
@@ -143,6 +146,7 @@ class Getters(Trained):
         float32, shape ``(n, n_genes)``; dense, so name ``genes`` or give ``out`` where that is too much.
         """
         return self._decode(
+            self.adata,
             self._cells()[indices],
             self._batch_codes(self.batch_names if target_batch is None else target_batch, "target_batch"),
             genes,
@@ -155,6 +159,7 @@ class Getters(Trained):
 
     def _decode(
         self,
+        adata: AnnData,
         cells: Cells,
         batches: list[int] | None,
         genes: Sequence[str] | None,
@@ -167,6 +172,8 @@ class Getters(Trained):
     ) -> Any:
         fitted = self._fitted()
         columns = gene_positions(fitted.genes, genes, "gene_list" if frame else "genes")
+        if genes is None:
+            columns = order_of(adata, fitted.genes, named=frame and out is None)
         names = np.asarray(fitted.genes, dtype=object)[columns]
         if library_size == "observed":
             scale = np.asarray(cells.counts.sum(axis=1), dtype=np.float32)

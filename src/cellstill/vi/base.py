@@ -14,6 +14,7 @@ import torch
 
 from cellstill._compat.scvi import MINIFIED, MinifiableModel, category_registry, minified_type, register, setup_record
 from cellstill.data.annotations import complete_obs, gather_obs, is_mudata
+from cellstill.data.order import order_of
 from cellstill.errors import (
     InvalidArgumentError,
     NotTrainedError,
@@ -38,7 +39,6 @@ from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
-from cellstill.vi.order import order_of
 from cellstill.vi.rates import Rate
 from cellstill.vi.roles import ROLES
 from cellstill.vi.start import start_from_data
@@ -508,7 +508,7 @@ class RegularizedModel(MinifiableModel):
     def _order(self, data: AnnData | MuData | None, name: str, *, named: bool = False) -> np.ndarray | slice:
         """Positions of a modality's features in the order of data; ``None`` is the model's own."""
         given = self._require_data() if data is None else data
-        return order_of(given, name, self._features[name], named=named)
+        return order_of(given, self._features[name], name, named=named)
 
     def _column_codes(self, column: str) -> np.ndarray:
         values = gather_obs(self._require_data(), {column: "stratify_validation_key"})[column]

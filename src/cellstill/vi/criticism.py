@@ -10,13 +10,13 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.data.order import in_order
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn import normal
 from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
 from cellstill.vi.module import Latent
-from cellstill.vi.order import in_order
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from cellstill.data.order import in_order
 from cellstill.data.selection import gene_positions
 from cellstill.errors import InvalidArgumentError, check_option
 from cellstill.io.arrays import Out, output_array
@@ -20,7 +21,6 @@ from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.base import RegularizedModel
 from cellstill.vi.denoising import expected_parts
 from cellstill.vi.evaluation import blocks, expected_means, native_expression, to_numpy
-from cellstill.vi.order import in_order
 from cellstill.vi.parts import Background
 
 if TYPE_CHECKING:

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-def order_of(data: AnnData | MuData, name: str, features: Sequence[str], *, named: bool = False) -> np.ndarray | slice:
+def order_of(
+    data: AnnData | MuData, features: Sequence[str], name: str | None = None, *, named: bool = False
+) -> np.ndarray | slice:
     """Positions of a model's features in the order that data have them.
 
     Parameters
     ----------
     data
         What a result is asked for.
-    name
-        Modality.
     features
         The model's, in its order.
+    name
+        Name of the modality.
     named
         The result has the names of its features.
 
@@ -51,10 +53,11 @@ def order_of(data: AnnData | MuData, name: str, features: Sequence[str], *, name
     if not len(lacking) and not len(others):
         return known.get_indexer(found)
     if not named:
+        of = "" if name is None else f" of {name!r}"
         shown = ", ".join(repr(str(feature)) for feature in [*lacking[:2], *others[:2]])
         warnings.warn(
-            f"The data lack {len(lacking)} of the model's {len(known)} features of {name!r} and have {len(others)} "
-            f"others ({shown}, for instance): the result has the model's features in the model's order. "
+            f"The data lack {len(lacking)} of the model's {len(known)} features{of} and have {len(others)} others "
+            f"({shown}, for instance): the result has the model's features in the model's order. "
             "get_var_names() has their names, and get_normalized_expression(return_numpy=False) a table with names.",
             CellstillWarning,
             stacklevel=4,
