@@ -341,7 +341,7 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
     other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
     assert other.exit_code == 1
-    assert "belongs to another run: its training data, or the batch size or seed" in other.stderr
+    assert "belongs to another run: its training and validation data, or the batch size or seed" in other.stderr
     assert "start afresh: --overwrite without --resume" in other.stderr
     assert "goes on from there" not in other.stderr
     assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]

@@ -198,7 +198,7 @@ def test_networks_are_told_the_columns_named_for_them(latents_of, cells, write, 
     cells.obs["donor"] = cells.obs["donor"].to_numpy()[::-1]
     assert abs(model.get_latent_representation() - before[0]).max() > 1e-5
     (warning,) = (text for text in summary_of(here / "out")["warnings"] if "encoders are told" in text)
-    assert warning.startswith("--encoder-key ['donor']")
+    assert warning.startswith("--encoder-key donor: ")
 
 
 def test_rates_may_be_known_of_some_batches_and_of_combinations(latents_of, cellstill, cells, write, here):

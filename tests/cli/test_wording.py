@@ -55,8 +55,8 @@ from cellstill.cli.app import app
         ("group1 and group2 are both 'a': name", "--group1 and --group2 are both 'a': name"),
         ("sample_key and groupby are both 'a': each", "--sample-key and --groupby are both 'a': each"),
         (
-            "or leave 'b' out of the design (batch_key=None or fewer covariate_keys) and",
-            "or leave 'b' out of the design (no --batch-key, or fewer --covariate-key) and",
+            "leave 'b' out (batch_key=None, or batch_keys=[] of models of vi, or fewer covariate_keys) and",
+            "leave 'b' out (no --batch-key, or fewer --covariate-key) and",
         ),
         ("PseudobulkConfig(method='deseq2') needs the package", "--method deseq2 needs the package"),
         (

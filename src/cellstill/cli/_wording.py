@@ -53,7 +53,9 @@ _VALUE = r"""'[^']*'|"[^"]*"|\[[^\]]*\]|\([^)]*\)|\.\.\.|[\w.]+"""
 _ASSIGNED = re.compile(rf"\b({'|'.join(_OPTIONS)})=({_VALUE})")
 _NAMED = re.compile(rf"(?<![\w'\"\[.-])({'|'.join(name for name in _OPTIONS if '_' in name)})(?=[:;, .])")
 _PHRASES = {
-    "(batch_key=None or fewer covariate_keys)": "(no --batch-key, or fewer --covariate-key)",
+    "batch_key=None, or batch_keys=[] of models of vi, or fewer covariate_keys": (
+        "no --batch-key, or fewer --covariate-key"
+    ),
     "PseudobulkConfig(method='deseq2')": "--method deseq2",
     "group1 and group2 are both": "--group1 and --group2 are both",
     "sample_key and groupby are both": "--sample-key and --groupby are both",
