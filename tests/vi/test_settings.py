@@ -200,7 +200,8 @@ def test_none_is_no_background_of_rna_and_false_leaves_it_out_of_any(adata, mdat
     joint = RegularizedMultimodalVI(mdata, **SIZES, background=False)
     assert [joint.module.modality(name).background for name in ("adt", "gex", "peaks")] == [None] * 3
     by_role = RegularizedMultimodalVI(mdata, **KNOWN, background={"gex": None, "adt": False, "peaks": None})
-    assert [one.background for one in by_role.module.config.modalities.values()] == [None, "profile", None]
+    backgrounds = {name: one.background for name, one in by_role.module.config.modalities.items()}
+    assert backgrounds == {"adt": None, "gex": "profile", "peaks": None}
 
 
 def test_a_modality_has_the_background_that_models_have_by_default():

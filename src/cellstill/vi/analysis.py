@@ -45,15 +45,17 @@ class Analysis(Minification):
         """
         self._require_trained()
         cells = self._cells(adata, counts=False)[indices]
-        parts = self._parts()
-        shape = (len(cells), self.module.config.n_latent)
+        config = self.module.config
+        parts, order = config.parts_of_z, config.columns_of_z
+        shape = (len(cells), config.n_latent)
         z = np.empty(shape, dtype=np.float32)
         means = {name: np.empty(shape, dtype=np.float32) for name in self.modality_names}
         norms = {name: {part: np.empty(len(cells), dtype=np.float32) for part in parts} for name in means}
         for block in blocks(self.module, cells, batch_size):
-            z[block.rows] = to_numpy(block.latent.mean)
+            z[block.rows] = to_numpy(block.latent.mean)[:, order]
             for name, mean in means.items():
-                mean[block.rows], found = attribute(self.module, name, block, parts)
+                each, found = attribute(self.module, name, block, parts)
+                mean[block.rows] = each[:, order]
                 for part, norm in found.items():
                     norms[name][part][block.rows] = norm
         return {name: ModalityAttribution(mean, z * mean, norms[name]) for name, mean in means.items()}
@@ -69,12 +71,7 @@ class Analysis(Minification):
             As in :meth:`get_modality_attribution`.
         """
         found = self.get_modality_attribution(adata, indices)
-        return attribution_figure({name: one.attribution.mean(axis=0) for name, one in found.items()}, self._parts())
-
-    def _parts(self) -> dict[str, slice]:
-        config = self.module.config
-        if config.latent_mode != "concatenation":
-            return {"joint": slice(0, config.n_latent)}
-        stops = np.cumsum([modality.n_latent for modality in config.modalities.values()])
-        starts = [0, *stops[:-1]]
-        return {name: slice(int(a), int(b)) for name, a, b in zip(config.modalities, starts, stops, strict=True)}
+        parts = self.module.config.parts_of_z
+        stops = np.cumsum([len(columns) for columns in parts.values()])
+        shown = {name: slice(stop - len(parts[name]), stop) for name, stop in zip(parts, stops.tolist(), strict=True)}
+        return attribution_figure({name: one.attribution.mean(axis=0) for name, one in found.items()}, shown)

@@ -45,9 +45,12 @@ class ModalityAttribution:
 
 
 def attribute(
-    module: RegularizedVAE, name: str, block: Block, parts: dict[str, slice]
+    module: RegularizedVAE, name: str, block: Block, parts: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Attribution of some cells at the posterior means of z and library size, and its norm over parts of z."""
+    """Attribution of some cells at the posterior means of z and library size, and its norm over parts of z.
+
+    Dimensions of z are in the order in which the module has them.
+    """
     modality = module.modality(name)
     z = block.latent.mean
     n, n_latent = z.shape

@@ -486,7 +486,7 @@ class RegularizedModel(MinifiableModel):
         keys = self._keys if covariates else CovariateKeys(encoder=self._keys.encoder)
         kind = minified_type(given)
         if kind is not None and not counts:
-            model = (self._features, self._categories, self._scales, self.module.config.n_latent)
+            model = (self._features, self._categories, self._scales, self.module.config.columns_of_z)
             return read_minified(given, keys, *model)
         if kind == MINIFIED:
             name = type(self).__name__

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from cellstill.errors import InvalidArgumentError, check_option, whole_number
 
 Background = Literal["profile", "free"]
@@ -63,7 +65,7 @@ class VAEConfig:
     Attributes
     ----------
     modalities
-        By name; kept sorted.
+        By name, in the order in which the module has them and random numbers are drawn for them.
     categories
         Number of categories of each column of codes that is used.
     ambient, conditioning, feature_scaling, encoder
@@ -143,7 +145,7 @@ class VAEConfig:
             raise InvalidArgumentError(f"dropout={self.dropout} has to be at least 0 and below 1.")
         if not self.modalities:
             raise InvalidArgumentError("modalities is empty: a model needs at least one.")
-        object.__setattr__(self, "modalities", dict(sorted(self.modalities.items())))
+        object.__setattr__(self, "modalities", dict(self.modalities))
         self._check_one_latent()
         object.__setattr__(self, "library_hidden", whole_number("library_n_hidden", self.library_hidden, least=1))
         if not 0 < self.library_variance_weight < math.inf:
@@ -158,6 +160,20 @@ class VAEConfig:
         """Dimensions of the joint z."""
         widths = [modality.n_latent for modality in self.modalities.values()]
         return sum(widths) if self.latent_mode == "concatenation" else widths[0]
+
+    @property
+    def parts_of_z(self) -> dict[str, np.ndarray]:
+        """Columns of the module's z by modality, sorted by name; of all of it, under ``"joint"``, where it is one."""
+        if self.latent_mode != "concatenation":
+            return {"joint": np.arange(self.n_latent)}
+        stops = np.cumsum([modality.n_latent for modality in self.modalities.values()])
+        parts = np.split(np.arange(self.n_latent), stops[:-1])
+        return dict(sorted(zip(self.modalities, parts, strict=True)))
+
+    @property
+    def columns_of_z(self) -> np.ndarray:
+        """Columns of the module's z in the order in which it is given out: the modalities' parts sorted by name."""
+        return np.concatenate(list(self.parts_of_z.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that JSON can hold."""

@@ -59,7 +59,7 @@ class Criticism(Getters):
             for block in self._blocks(adata, indices, batch_size):
                 z, kl = block.latent.sample(), block.latent.kl
                 value = -kl
-                for name in self.modality_names:
+                for name in self.module.config.modalities:
                     log_likelihood, library = self._at(block, name, z)
                     divergence = normal.divergence(*library)
                     value = value + log_likelihood - _of_present(block, name, divergence)
@@ -88,7 +88,7 @@ class Criticism(Getters):
         -------
         ``"reconstruction_loss"``, and with several modalities ``"reconstruction_loss_{modality}"`` as well.
         """
-        names = self.modality_names
+        names = list(self.module.config.modalities)
         values: dict[str, list[np.ndarray]] = {name: [] for name in names}
         with _seeded(seed):
             for block in self._blocks(adata, indices, batch_size):
@@ -165,7 +165,7 @@ class Criticism(Getters):
         CellstillWarning
             The features of the data are not the model's: those of the result are the model's, in the model's order.
         """
-        names = self.modality_names if modality is None else [self._modality(modality)]
+        names = list(self.module.config.modalities) if modality is None else [self._modality(modality)]
         if n_samples < 1:
             raise InvalidArgumentError(f"n_samples={n_samples} has to be at least 1.")
         drawn: dict[str, list[list[sp.csr_matrix]]] = {name: [[] for _ in range(n_samples)] for name in names}
@@ -218,7 +218,7 @@ class Criticism(Getters):
         z = latent.sample()
         prior = torch.ones_like(z) * self.module.prior_variance()
         weight = _log_ratio(z, Latent(torch.zeros_like(z), prior, latent.kl), latent)
-        for name in self.modality_names:
+        for name in self.module.config.modalities:
             library = self.module.library(name, block.counts[name], block.batch)
             log_library = normal.draw(library.mean, library.variance)
             prior_of_size = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])

@@ -68,16 +68,17 @@ class Getters(RegularizedModel):
         """
         self._require_trained()
         cells = self._cells(adata, covariates=False, counts=False)[indices]
-        shape = (len(cells), self.module.config.n_latent)
+        order = self.module.config.columns_of_z
+        shape = (len(cells), len(order))
         mean, variance = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
         for block in blocks(self.module, cells, batch_size):
-            mean[block.rows] = to_numpy(block.latent.mean)
-            variance[block.rows] = to_numpy(block.latent.variance)
+            mean[block.rows] = to_numpy(block.latent.mean)[:, order]
+            variance[block.rows] = to_numpy(block.latent.variance)[:, order]
         if return_dist:
             return mean, variance
         if give_mean:
             return mean
-        noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)[:, order]
         return mean + np.sqrt(variance) * noise
 
     def get_modality_latents(
@@ -86,7 +87,7 @@ class Getters(RegularizedModel):
         """Each modality's own part of z; with ``latent_mode="weighted_mean"``, what its encoder says of all of z.
 
         The joint z is then their mean over the modalities that a cell has, with the weights
-        ``softmax(model.module.mixing)``, in the order of the names.
+        ``softmax(model.module.mixing)``, in the order of ``model.module.config.modalities``.
 
         Parameters
         ----------
@@ -111,8 +112,8 @@ class Getters(RegularizedModel):
         if config.latent_mode == "weighted_mean":
             return self._means_by_encoder(adata, indices)
         joint = self.get_latent_representation(adata, indices)
-        stops = np.cumsum([modality.n_latent for modality in config.modalities.values()])
-        return dict(zip(config.modalities, np.split(joint, stops[:-1], axis=1), strict=True))
+        widths = [config.modalities[name].n_latent for name in self.modality_names]
+        return dict(zip(self.modality_names, np.split(joint, np.cumsum(widths)[:-1], axis=1), strict=True))
 
     def _means_by_encoder(
         self, adata: AnnData | MuData | None, indices: np.ndarray | Sequence[int] | None

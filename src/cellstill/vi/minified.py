@@ -44,12 +44,12 @@ def minified(
 
 def posteriors(module: RegularizedVAE, cells: Cells) -> dict[str, np.ndarray]:
     """Mean and variance of z and of log library sizes, and the totals of cells, by key of ``obsm``."""
-    names = sorted(cells.counts)
+    names, order = sorted(cells.counts), module.config.columns_of_z
     shapes = dict.fromkeys((QZM, QZV), module.config.n_latent) | dict.fromkeys((QLM, QLV, TOTALS), len(names))
     arrays = {key: np.empty((len(cells), width), dtype=np.float32) for key, width in shapes.items()}
     for block in blocks(module, cells, _BATCH_SIZE):
-        arrays[QZM][block.rows] = to_numpy(block.latent.mean)
-        arrays[QZV][block.rows] = to_numpy(block.latent.variance)
+        arrays[QZM][block.rows] = to_numpy(block.latent.mean)[:, order]
+        arrays[QZV][block.rows] = to_numpy(block.latent.variance)[:, order]
         for j, name in enumerate(names):
             library = module.library(name, block.counts[name], block.batch)
             arrays[QLM][block.rows, j] = to_numpy(library.mean)[:, 0]
@@ -64,7 +64,7 @@ def read_minified(
     features: Mapping[str, Sequence[str]],
     categories: Mapping[str, Sequence[str]],
     scales: Mapping[str, tuple[float, float]],
-    n_latent: int,
+    columns_of_z: np.ndarray,
 ) -> Cells:
     """Read minified data for a model.
 
@@ -74,8 +74,10 @@ def read_minified(
     ----------
     data
         Minified data.
-    keys, features, categories, scales, n_latent
+    keys, features, categories, scales
         Of the model; as for :meth:`~cellstill.vi.cells.Cells.read`.
+    columns_of_z
+        Of the model's configuration: z is stored as getters give it.
 
     Raises
     ------
@@ -84,7 +86,7 @@ def read_minified(
     InvalidArgumentError
         Posteriors are of another model, or a category is unknown.
     """
-    names = sorted(features)
+    names, n_latent = sorted(features), len(columns_of_z)
     stored: dict[str, np.ndarray] = {}
     for key, width in {QZM: n_latent, QZV: n_latent, QLM: len(names), QLV: len(names), TOTALS: len(names)}.items():
         check_key("minified data", key, "obsm", data.obsm.keys())
@@ -97,7 +99,8 @@ def read_minified(
     obs = gather_obs(data, keys.used)
     known, codes = encode(obs, keys, categories)
     continuous, used = standardise(obs, keys.continuous, scales)
-    posterior = {"latent/mean": stored[QZM], "latent/variance": stored[QZV]}
+    order = np.argsort(columns_of_z)
+    posterior = {"latent/mean": stored[QZM][:, order], "latent/variance": stored[QZV][:, order]}
     counts, present = {}, {}
     for j, name in enumerate(names):
         posterior[f"{name}/library"] = np.column_stack([stored[QLM][:, j], stored[QLV][:, j]])

@@ -20,7 +20,7 @@ from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.multiplicative import warn_if_multiplicative
 from cellstill.vi.rates import Rate
-from cellstill.vi.roles import ROLES, resolve_roles
+from cellstill.vi.roles import ROLES, by_role, resolve_roles
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -135,7 +135,7 @@ class RegularizedMultimodalVI(Analysis):
             }.items()
         }
         modalities = {}
-        for name in names:
+        for name in by_role(roles):
             usual = ROLES[roles[name]]
             own_background = usual.background if backgrounds[name] is None else backgrounds[name]
             own_scaling = (scaled or usual.feature_scaling) if scalings[name] is None else scalings[name]

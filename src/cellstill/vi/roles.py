@@ -84,6 +84,14 @@ def resolve_roles(modalities: Sequence[str], given: Mapping[str, str] | None) ->
     return {name: role for name, role in roles.items() if role is not None}
 
 
+def by_role(roles: Mapping[str, str]) -> list[str]:
+    """Modalities by role, and those of one role by name.
+
+    Random numbers are drawn for them in this order: what they are called changes nothing.
+    """
+    return sorted(roles, key=lambda name: (list(ROLES).index(roles[name]), name))
+
+
 def _guess(name: str) -> str | None:
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
     found = {role for role, names in _NAMES.items() if any(word in names for word in words)}

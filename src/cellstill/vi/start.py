@@ -93,7 +93,8 @@ def start_from_data(
         profile.occur(
             {column: codes[column] for column in profile.columns}, before[name].combinations if reference else None
         )
-    for name, matrix in counts.items():
+    for name in (name for name in module.config.modalities if name in counts):
+        matrix = counts[name]
         has = cells if name not in present else cells[present[name][cells]]
         own = {column: values[has] for column, values in codes.items()}
         modality = module.modality(name)
