@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 
+import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -67,6 +68,33 @@ def test_too_few_counts_leave_the_rate_open(blocks):
     with pytest.warns(CellstillWarning, match="at most 1.00"):
         found = estimate_soup(clean, seed=0)
     np.testing.assert_array_equal(found.interval, [[0.0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def droplets(real_data):
+    return anndata.read_h5ad(real_data("pbmc4k_soup.h5ad"))
+
+
+def test_soup_of_real_droplets_is_found(droplets):
+    """One lane has no other to borrow from. What is added to it, composed as its empty droplets, is found too."""
+    found = estimate_soup(droplets.X, seed=0)
+    assert found.identified[0]
+    assert 0.04 < found.rate[0] < 0.08
+    low, high = found.interval[0]
+    halves = estimate_soup(droplets.X, np.arange(droplets.n_obs) % 2, seed=1)
+    assert ((halves.rate > low) & (halves.rate < high)).all()
+    dirty = add_soup(droplets.X, 0.1, profile=droplets.var["soup_fraction"].to_numpy(), seed=0)
+    more = estimate_soup(dirty.counts, seed=0)
+    added = dirty.realised_rate[0]
+    assert more.rate[0] == pytest.approx(added + (1 - added) * found.rate[0], rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["B", "MNP", "NK", "T_CD4", "T_CD8"])
+def test_one_type_of_real_droplets_identifies_nothing(droplets, kind):
+    cells = droplets[droplets.obs["cell_type"] == kind]
+    with pytest.warns(CellstillWarning, match="not identified"):
+        found = estimate_soup(cells.X, seed=0)
+    assert found.interval[0, 1] > 0.06
 
 
 def test_the_same_seed_repeats_itself(three_batches, estimate):

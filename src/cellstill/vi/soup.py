@@ -37,12 +37,15 @@ _LOWER, _UPPER = 0.4, 4.0
 _GRID = np.concatenate([[1e-4, 3e-4, 1e-3], np.geomspace(0.002, 0.6, 80), np.geomspace(0.65, 30, 12)])
 _MIN_EXPECTED = 20.0
 _MIN_PAIRS = 300
-_MAX_PAIRS = 4000
+_MAX_PAIRS = 20_000
 _MIN_PILE = 0.025
 _PILE_WIDTH = 1.5
 # A lower end that is taken as it is, if the upper end of its interval is no more than the second number.
 _NEGLIGIBLE, _NEGLIGIBLE_UPPER, _IMPLAUSIBLE = 0.02, 0.05, 0.35
 _MIN_STEEPNESS = 0.3
+# At a share that droplets often have, half as large a pile is one if it stands out and has as many pairs. Types that
+# share most genes have lower ends as clear as that, but higher: in real cells of one type they start at 0.07.
+_COMMON, _MIN_PILE_COMMON, _MIN_STEEPNESS_COMMON, _MIN_PILED = 0.12, 0.014, 0.5, 100
 _N_COMPS = 20
 _CELLS_PER_CLUSTER = 50
 _CLUSTERS = (4, 20)
@@ -99,9 +102,11 @@ def estimate_soup(
     A lower end of at most 0.02 is taken as it is, since the rate can only be less, if the interval ends at 0.05 or
     below: of few genes or counts, some are low by chance. A higher one identifies the rate if it is at most 0.35, at
     least 2.5 % of the pairs pile up there, and they are at least 0.3 of those within a factor of 2.25: genes that are
-    absent have an end, genes that are merely lower in one cluster than in another have a tail that keeps rising. Where
-    every gene is expressed in every type at, say, an eighth of its highest level, that eighth looks like soup to this
-    and any other method that knows the counts alone.
+    absent have an end, genes that are merely lower in one cluster than in another have a tail that keeps rising. At a
+    rate that droplets often have, at most 0.12, 1.4 % of the pairs and at least 100 are enough where they are half of
+    those within a factor of 2.25: the soup of a lane of blood cells, most of whose genes all types express, shows in
+    2 % of the pairs. Where every gene is expressed in every type at, say, an eighth of its highest level, that eighth
+    looks like soup to this and any other method that knows the counts alone.
 
     Of more than 30,000 cells about as many are drawn, evenly from all batches.
 
@@ -174,7 +179,7 @@ def estimate_soup(
         alone = pile[e] > _ALONE * wider and first <= _IMPLAUSIBLE
         found = _quantile(mixture, max(level, 0.5 * pile[e]) if alone else level)
         low, high = _bootstrap(likelihood, gene, mixture, (_LOWER * level, _UPPER * level), rng)
-        piled = pile[e] >= max(_MIN_PILE, _MIN_STEEPNESS * wider) and found <= _IMPLAUSIBLE
+        piled = _is_pile(pile[e], wider, len(observed), found)
         high = max(high, found)
         identified[e] = high <= _NEGLIGIBLE_UPPER if found <= _NEGLIGIBLE else piled
         bound[e] = found
@@ -293,6 +298,13 @@ def _quantile(mixture: np.ndarray, level: float) -> float:
     return float(np.interp(level, np.cumsum(mixture), _GRID))
 
 
+def _is_pile(pile: float, wider: float, n_pairs: int, rate: float) -> bool:
+    """Whether the pairs at the lower end are more than the tail of those above."""
+    large = pile >= max(_MIN_PILE, _MIN_STEEPNESS * wider) and rate <= _IMPLAUSIBLE
+    stands_out = pile >= max(_MIN_PILE_COMMON, _MIN_STEEPNESS_COMMON * wider, _MIN_PILED / n_pairs)
+    return large or (stands_out and rate <= _COMMON)
+
+
 def _bootstrap(
     likelihood: np.ndarray,
     gene: np.ndarray,
@@ -325,8 +337,8 @@ def _warn(estimate: SoupEstimate) -> None:
     warnings.warn(
         f"The share of ambient RNA is not identified in {int((~estimate.identified).sum())} of "
         f"{len(estimate.batches)} batches: {bounds}. Too few genes are absent from some cell type there, as in data of "
-        "one type, or counts are too few. The median of the other batches stands in, or 0 if there is none. State the "
-        "rate if you know it: ambient_rate=.",
+        "one type or of few counts. A model takes the median of the batches that identify theirs, and 0, which removes "
+        "nothing, where none does. State the rate if you know it: ambient_rate=.",
         CellstillWarning,
         stacklevel=3,
     )
