@@ -15,7 +15,7 @@ from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.containers import check_whole
 from cellstill.vi.differential import Differential
 from cellstill.vi.growth import grow
-from cellstill.vi.rates import Rate
+from cellstill.vi.rates import Rates
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,7 +34,7 @@ class Query(Differential):
         reference_model: Self | str | os.PathLike[str],
         *,
         unfrozen: bool = False,
-        ambient_rate: Rate = None,
+        ambient_rate: Rates = None,
         min_gene_overlap: float = 0.5,
     ) -> Self:
         """Make a model of new cells from a trained one, whose covariates may have new categories.
