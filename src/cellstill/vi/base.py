@@ -323,6 +323,7 @@ class RegularizedModel(MinifiableModel):
         self.is_trained_ = True
         return self
 
+    @names_what_to_use
     def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write the model to a folder: safetensors and JSON, no pickle, and no counts unless they are asked for.
 
@@ -418,7 +419,8 @@ class RegularizedModel(MinifiableModel):
         return model
 
     @classmethod
-    def load_registry(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
+    @names_what_to_use
+    def load_registry(cls, dir_path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read how a saved model's data were set up: categories, and the arguments of the set-up."""
         config = load_store(dir_path, cls.__name__)[1]
         return cls._registry_of(config["setup"], config["categories"])

@@ -291,6 +291,7 @@ class RegularizedMultimodalVI(Analysis):
         )
 
     @classmethod
+    @names_what_to_use
     def load(
         cls,
         dir_path: str | os.PathLike[str],

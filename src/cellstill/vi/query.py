@@ -15,6 +15,7 @@ from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.containers import check_anndata, check_mudata, check_whole
 from cellstill.vi.differential import Differential
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.growth import grow
 from cellstill.vi.preparation import prepared_anndata, prepared_mudata
 from cellstill.vi.rates import Rates
@@ -30,6 +31,7 @@ class Query(Differential):
     """Mapping of new data by both regularised models."""
 
     @classmethod
+    @names_what_to_use
     def load_query_data(
         cls,
         adata: AnnData | MuData,
