@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
-from cellstill.errors import InvalidArgumentError, MissingKeyError
+from cellstill.errors import InvalidArgumentError, InvalidCountsError, MissingKeyError
 
 N = 80
 SIZES = {"n_hidden": 8, "n_latent": 2, "background": {"rna": "profile", "adt": "profile", "peaks": None}}
@@ -176,3 +176,7 @@ def test_a_layer_that_a_modality_lacks_is_named_with_it():
     message = r"modalities\['adt'\]='counts' is not in mdata\['adt'\].layers. .* has: 'raw'"
     with pytest.raises(MissingKeyError, match=message):
         RegularizedMultimodalVI.setup_mudata(data, modalities={"adt": "counts"})
+    data["adt"].X = None
+    message = r"mdata\['adt'\].X is empty. .*: modalities=\{'adt': ...\} \(layers: 'raw'\)"
+    with pytest.raises(InvalidCountsError, match=message):
+        RegularizedMultimodalVI.setup_mudata(data, modalities=["adt"])
