@@ -224,6 +224,35 @@ def test_rates_may_be_known_of_some_batches_and_of_combinations(latents_of, cell
 
 
 @pytest.mark.usefixtures("no_umap")
+def test_rates_may_be_known_of_one_modality(cellstill, paired, here):
+    first, other = sorted(mudata.read_h5mu(paired).obs["batch"].unique())
+    args = ["--modality", "gex=counts", "--modality", "prot", "--role", "prot=rna", "--batch-key", "batch"]
+
+    def rates(*stated):
+        given = [part for rate in stated for part in ("--ambient-rate", rate)]
+        result = cellstill("vi", paired, *args, *given, "--out", "out", "--overwrite", *SMALL)
+        assert result.exit_code == 0, result.stderr
+        return {name: one["rates"] for name, one in summary_of(here / "out")["ambient"].items()}
+
+    plain, of_all, of_one = rates(), rates("gex=0.1"), rates(f"gex:{first}=0.1")
+    assert of_all["prot"] == of_one["prot"] == plain["prot"]
+    assert {name: row["rate"] for name, row in of_all["gex"].items()} == pytest.approx({first: 0.1, other: 0.1})
+    assert of_one["gex"][first]["low"] == of_one["gex"][first]["high"] == pytest.approx(0.1)
+    assert of_one["gex"][other]["low"] < of_one["gex"][other]["high"]
+    assert summary_of(here / "out")["settings"]["ambient_rate"] == {f"gex:{first}": 0.1}
+    for stated, message in (
+        (["gex=1.5"], "--ambient-rate gex=1.5 is no share"),
+        ([f"gex:{first}=1.5"], f"--ambient-rate gex:{first}=1.5 is no share"),
+        ([f"gex:{first}=0.1", "gex=0.2"], "--ambient-rate gex: the rate is stated of the whole modality and of"),
+        ([f"gex:{first}=0.1", f"{other}=0.2"], f"--ambient-rate {other}: there is no such modality"),
+        (["atac=0.1"], f"names ['atac']. Name modalities, ['gex', 'prot'], or categories, ['{first}', '{other}'], or "),
+        (["atac=0.1"], f"or both: --ambient-rate gex:{first}=0.1."),
+    ):
+        given = [part for rate in stated for part in ("--ambient-rate", rate)]
+        assert message in " ".join(cellstill("vi", paired, *args, *given, "--out", "no", *SMALL).stderr.split())
+
+
+@pytest.mark.usefixtures("no_umap")
 def test_the_role_named_is_taken_where_another_is_guessed(cellstill, paired, here):
     both = ["--ambient-rate", "0.1", "--modality", "gex=counts", "--modality"]
     result = cellstill("vi", paired, *both, "prot", "--role", "prot=rna", "--out", "out", *SMALL)
@@ -271,7 +300,9 @@ def test_the_example_of_the_help_names_the_batch_three_times(cellstill):
         (["--role", "rna"], 2, "--role"),
         (["--ambient-rate", "much"], 2, "--ambient-rate"),
         (["--batch-key", "batch", "--ambient-rate", "x=0.1"], 1, "--ambient-rate names"),
-        (["--ambient-rate", "1.5"], 1, "--ambient-rate of"),
+        (["--ambient-rate", "1.5"], 1, "--ambient-rate 1.5 is no share of counts"),
+        (["--batch-key", "batch", "--ambient-rate", "x=1.5"], 1, "--ambient-rate x=1.5 is no share of counts"),
+        (["--batch-key", "batch", "--ambient-rate", "rna:x=0.1"], 1, "--ambient-rate names ['rna:x'], and the"),
         (["--continuous-key", "cell_type"], 1, "--continuous-key"),
         (["--out", "."], 1, "lies in the output folder"),
     ],
@@ -287,6 +318,8 @@ def test_errors_name_the_option_and_leave_nothing(cellstill, cells, write, here,
 def test_what_is_no_mudata_is_said(cellstill, paired, here):
     assert "--modality NAME=LAYER" in cellstill("vi", paired, "--layer", "counts").stderr
     assert "--role gex=dna is not known" in cellstill("vi", paired, "--role", "gex=dna", *SMALL).stderr
+    layer = " ".join(cellstill("vi", paired, "--modality", "prot=counts", *SMALL).stderr.split())
+    assert "--modality prot=counts is not in mdata['prot'].layers." in layer
     missing = cellstill("vi", paired, "--modality", "atac", *SMALL)
     assert "atac" in missing.stderr
     assert "gex" in missing.stderr

@@ -68,6 +68,14 @@ from cellstill.cli.app import app
         ("encoder_covariate_keys=['a']: encoders", "--encoder-key a: encoders"),
         ("Name those, as tuples, or give", "Name those, as category,category=RATE, or give"),
         ("if you know it: ambient_rate=.", "if you know it: --ambient-rate RATE."),
+        ("ambient_rate=1.5 is no", "--ambient-rate 1.5 is no"),
+        ("ambient_rate['s 1']=1.5 is no", "--ambient-rate 's 1'=1.5 is no"),
+        ("ambient_rate['rna'][('s1', 'x')]=1.5 is no", "--ambient-rate rna:s1,x=1.5 is no"),
+        ("ambient_rate['rna'] is of no use", "--ambient-rate rna is of no use"),
+        ("State it, ambient_rate={'new': 0.1}, or", "State it, --ambient-rate new=0.1, or"),
+        ("ambient_rate={'rna': {('s1', 'x'): 0.1}}.", "--ambient-rate rna:s1,x=0.1."),
+        ("modalities['rna']='counts' is not in", "--modality rna=counts is not in"),
+        ("holds counts: modalities={'rna': ...} (layers", "holds counts: --modality rna=LAYER (layers"),
     ],
 )
 def test_python_arguments_become_options(message, words):

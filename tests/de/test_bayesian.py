@@ -469,8 +469,21 @@ def test_cells_are_dealt_within_batches_into_parts_of_like_size():
 @pytest.mark.filterwarnings("ignore:sample_key=None")
 def test_too_few_cells_to_deal_is_an_error():
     obs = donors_obs(1, 1, n_cells=15)
-    with pytest.raises(InvalidArgumentError, match="'treated' has 1 and 'control' has 1"):
+    message = "pseudo-samples are parts of .*Pseudo-samples are the replicates.*'treated' has 1 and 'control' has 1"
+    with pytest.raises(InvalidArgumentError, match=message):
         bayesian_de(draws_of(np.full((30, 3), 0.01), 2), obs, genes(3), **NO_DONORS)
+
+
+@pytest.mark.filterwarnings("ignore:sample_key=None")
+def test_parts_of_cells_that_are_left_out_are_not_called_samples():
+    obs = donors_obs(1, 1, n_cells=100)
+    obs["lane"] = np.where(np.arange(200) % 100 < 4, "small", "large")
+    rates = np.random.default_rng(0).gamma(10.0, 1e-4, (200, 5))
+    with pytest.warns(CellstillWarning, match=r"2 of \d+ pseudo-samples left out: .*\(4 cells\)") as caught:
+        result = bayesian_de(draws_of(rates, 2), obs, genes(5), batch_key="lane", **NO_DONORS)
+    (left_out,) = (str(item.message) for item in caught if "left out" in str(item.message))
+    assert " samples" not in left_out
+    assert "it is constant in these pseudo-samples" in " ".join(result.notes)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3])

@@ -22,7 +22,7 @@ from cellstill.metrics.ambient import (
     subtract_soup,
 )
 from cellstill.vi.ambient import ProfileBackground
-from cellstill.vi.rates import estimate_rates
+from cellstill.vi.rates import estimate_rates, known_rates
 
 RATES = [0.0, 0.05, 0.2]
 SIZES = {"n_hidden": 64, "n_latent": 8}
@@ -116,14 +116,14 @@ def test_one_cell_type_gets_a_warning_an_interval_and_no_correction(blocks):
 @pytest.mark.parametrize(
     ("rate", "message"),
     [
-        (1.0, r"'all_cells' is 1.0"),
-        ({"0": -0.1}, r"'0' is -0.1"),
+        (1.0, r"ambient_rate=1.0 is no share"),
+        ({"0": -0.1}, r"ambient_rate\['0'\]=-0.1"),
         ({"x": 0.1}, r"\['x'\], and the categories .*'0'"),
         ([0.1, 0.2], r"is \[0.1, 0.2\]. Give one number"),
         ("0.1", "is '0.1'. Give one number"),
         (True, "is True. Give one number"),
-        ({"0": "0.1"}, "'0' is '0.1'; it is a share"),
-        ({"0": float("nan")}, "'0' is nan"),
+        ({"0": "0.1"}, r"ambient_rate\['0'\]='0.1' is no share"),
+        ({"0": float("nan")}, r"\['0'\]=nan"),
         ({0: 0.1, "0": 0.2}, "a category twice"),
     ],
     ids=["one", "negative", "unknown", "list", "text", "bool", "text_of_one", "nan", "twice"],
@@ -193,7 +193,8 @@ def test_a_rate_without_a_background_of_that_form_is_refused(soup):
 
 def estimated(counts, code, n, known=None):
     background = ProfileBackground({"batch": n}, counts.shape[1])
-    estimate_rates(background, counts, {"batch": code}, {"batch": [str(one) for one in range(n)]}, known, 0)
+    names = {"batch": [str(one) for one in range(n)]}
+    estimate_rates(background, counts, {"batch": code}, names, known_rates(background, names, known), 0)
     return background
 
 

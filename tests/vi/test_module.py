@@ -48,7 +48,8 @@ def build(config, counts, codes=None, present=None, seed=0, ambient_rate=None, a
     """Build a module; but for ``at_start``, z depends on the cell, as after training."""
     torch.manual_seed(seed)
     module = RegularizedVAE(config)
-    start_from_data(module, counts, codes or {}, present or {}, np.arange(N), ambient_rate=ambient_rate)
+    rates = dict.fromkeys(counts, ambient_rate)
+    start_from_data(module, counts, codes or {}, present or {}, np.arange(N), ambient_rates=rates)
     if not at_start:
         for encoder in module.encoders:
             encoder.output.reset_parameters()

@@ -14,10 +14,11 @@ import scipy.sparse as sp
 import scvi
 from packaging.version import Version
 from scvi.criticism import PosteriorPredictiveCheck
-from scvi.model.base import BaseModelClass
+from scvi.model.base import ArchesMixin, BaseModelClass
 
 from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
-from cellstill.errors import CellstillWarning, StoreError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, StoreError
+from cellstill.vi.elsewhere import _INSTEAD
 
 N = 60
 LANES, SITES = np.resize(["b", "a", "c"], N), np.resize(["x", "y"], N)
@@ -225,6 +226,47 @@ def test_what_is_loaded_is_what_was_saved(model, folder, kind):
     with pytest.raises(StoreError, match="exists"):
         model.save(folder)
     model.save(folder, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "instead"),
+    [
+        ("save", "prefix", "give each model a folder of its own"),
+        ("save", "save_kwargs", "safetensors and JSON"),
+        ("save", "legacy_mudata_format", "stored by modality"),
+        ("save", "datamodule", "give the data themselves"),
+        ("save", "compression", "write the data yourself"),
+        ("load", "prefix", "give each model a folder of its own"),
+        ("load", "backup_url", "download the folder first"),
+        ("load", "datamodule", "give the data themselves"),
+        ("load", "allowed_classes_names_list", "the class that wrote it"),
+        ("load_registry", "prefix", "give each model a folder of its own"),
+        ("view_setup_args", "prefix", "give each model a folder of its own"),
+        ("load_query_data", "freeze_dropout", "unfrozen=True trains all of it"),
+        ("load_query_data", "inplace_subset_query_vars", "features are matched by name"),
+    ],
+)
+def test_arguments_of_the_store_that_are_not_here_say_what_takes_their_place(
+    model, kind, folder, tmp_path, method, argument, instead
+):
+    of_scvi = getattr(BaseModelClass if method in ("save", "load", "load_registry") else ArchesMixin, method, None)
+    if of_scvi is not None and argument != "compression":
+        assert argument in inspect.signature(of_scvi).parameters
+    places = {"save": (tmp_path / "new",), "load_query_data": (model.adata, folder)}
+    message = (
+        f"{argument} is an argument of scvi-tools, not of {method.replace('view_setup_args', 'load_registry')} here"
+    )
+    with pytest.raises(InvalidArgumentError, match=f"{message}: .*{instead}"):
+        getattr(model, method)(*places.get(method, (folder,)), **{argument: "any"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_argument_of_the_store_of_scvi_tools_is_unheard_of(kind):
+    """Each is one here, or is refused by name; any others are those of ``AnnData.write``."""
+    for method in ("save", "load", "load_registry"):
+        theirs, ours = (set(inspect.signature(getattr(of, method)).parameters) for of in (BaseModelClass, kind))
+        unheard = theirs - ours - set(_INSTEAD) - {"self", "anndata_write_kwargs"}
+        assert unheard <= ({"adata"} if kind is RegularizedMultimodalVI else set()), method
 
 
 # Criticism.

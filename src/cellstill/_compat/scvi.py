@@ -62,10 +62,10 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
         super().register_manager(adata_manager)
 
     @classmethod
-    def view_setup_args(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> None:
+    def view_setup_args(cls, dir_path: str | os.PathLike[str], **settings: Any) -> None:
         """Print the arguments with which the data of a saved model were set up."""
         # That of scvi-tools calls its own load_registry, which looks for a pickle.
-        AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, prefix))
+        AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, **settings))
 
 
 _RECORD = "cellstill_record"

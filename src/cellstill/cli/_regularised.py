@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -296,16 +296,37 @@ def _build(
     from cellstill import AmbientRegularizedSCVI, RegularizedMultimodalVI
 
     sizes: dict[str, Any] = {"n_hidden": settings.n_hidden, "n_latent": settings.n_latent, "seed": settings.seed}
-    sizes["ambient_rate"] = settings.ambient_rate
     shared: dict[str, Any] = {**settings.keys, "allow_noninteger": settings.allow_noninteger}
     if is_mudata(data):
         modalities = dict(settings.modalities) or None
         RegularizedMultimodalVI.setup_mudata(
             data, modalities=modalities, modality_roles=dict(settings.roles) or None, **shared
         )
-        return RegularizedMultimodalVI(data, **sizes)
+        rate = _by_modality(settings.ambient_rate, data.mod.keys())
+        return RegularizedMultimodalVI(data, ambient_rate=rate, **sizes)
     AmbientRegularizedSCVI.setup_anndata(data, layer=layer, **shared)
-    return AmbientRegularizedSCVI(data, **sizes)
+    return AmbientRegularizedSCVI(data, ambient_rate=settings.ambient_rate, **sizes)
+
+
+def _by_modality(rates: Any, modalities: Collection[str]) -> Any:
+    """Rates of ``modality:category`` as a dictionary by modality and category; others as they are."""
+    if not isinstance(rates, Mapping):
+        return rates
+    found: dict[Any, Any] = {}
+    of_categories: dict[str, dict[Any, float]] = {}
+    for key, rate in rates.items():
+        first, *others = key if isinstance(key, tuple) else (key,)
+        modality, colon, category = first.partition(":")
+        if colon and modality in modalities:
+            of_categories.setdefault(modality, {})[(category, *others) if others else category] = rate
+        else:
+            found[key] = rate
+    twice = [name for name in of_categories if name in found]
+    if twice:
+        raise InvalidArgumentError(
+            f"ambient_rate[{twice[0]!r}]: the rate is stated of the whole modality and of categories. Leave one out."
+        )
+    return found | of_categories
 
 
 def _embeddings(

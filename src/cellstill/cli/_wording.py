@@ -68,12 +68,17 @@ _PHRASES = {
     "or give another path for a new run.": "or start afresh: --overwrite without --resume.",
     "choose it with layer=None": "leave --layer out",
     "Name those, as tuples, or": "Name those, as category,category=RATE, or",
+    "Leave it out, or set background of the modality to 'profile'.": "Leave it out.",
     "Raise max_iter of HarmonyTeacher to go on": "To go on, raise it: --teacher-setting max_iter=30",
 }
 
 _SETTING = re.compile(r"setting of teacher '(\w+)'='(\w+)'")
-_ROLE_WANTED = re.compile(r"modality_roles=\{'([^']*)': \.\.\.\}")
-_ROLE = re.compile(r"modality_roles\['([^']*)'\]='([^']*)'")
+_WANTED = re.compile(r"\b(modality_roles|modalities)=\{'([^']*)': \.\.\.\}")
+_OF_MODALITY = re.compile(r"\b(modality_roles|modalities)\['([^']*)'\]='([^']*)'")
+_PLACES = {"modality_roles": "ROLE", "modalities": "LAYER"}
+_KEY = r"'[^']*'|\([^)]*\)"
+_RATE_OF = re.compile(rf"\bambient_rate\[({_KEY})\](?:\[({_KEY})\])?(=?)")
+_RATE_WANTED = re.compile(rf"\bambient_rate=\{{({_KEY}): (?:\{{({_KEY}): )?([\d.]+)\}}+")
 
 
 def in_options(message: str) -> str:
@@ -81,7 +86,10 @@ def in_options(message: str) -> str:
     for phrase, words in _PHRASES.items():
         message = message.replace(phrase, words)
     message = _SETTING.sub(r"--teacher-setting \2 of \1", message)
-    message = _ROLE_WANTED.sub(r"--role \1=ROLE", _ROLE.sub(r"--role \1=\2", message))
+    message = _OF_MODALITY.sub(lambda match: f"{_OPTIONS[match[1]]} {match[2]}={match[3]}", message)
+    message = _WANTED.sub(lambda match: f"{_OPTIONS[match[1]]} {match[2]}={_PLACES[match[1]]}", message)
+    message = _RATE_OF.sub(lambda match: _rate(match) + match[3], message)
+    message = _RATE_WANTED.sub(lambda match: f"{_rate(match)}={match[3]}", message)
     return _NAMED.sub(lambda match: _OPTIONS[match[1]], _ASSIGNED.sub(_assigned, message))
 
 
@@ -96,6 +104,12 @@ def _assigned(match: re.Match[str]) -> str:
         values = re.findall(r"""'[^']*'|"[^"]*"|[^\[\](),\s]+""", value)
         return " ".join(f"{option} {_plain(each)}" for each in values) or option
     return f"{option} {_plain(value)}"
+
+
+def _rate(match: re.Match[str]) -> str:
+    """The option of a modality or category, or of one of the other."""
+    names = [",".join(_plain(each) for each in re.findall(r"'[^']*'", key)) for key in match.groups()[:2] if key]
+    return f"--ambient-rate {':'.join(names)}"
 
 
 def _plain(value: str) -> str:

@@ -136,8 +136,9 @@ def vi(
         list[str] | None,
         typer.Option(
             help="Share of ambient counts, if it is known: of all cells, or of a batch, or of a category of each of "
-            "several --ambient-key, as in a,x=0.1; may be given several times.",
-            metavar="[BATCH=]RATE",
+            "several --ambient-key, as in a,x=0.1. Of one modality of an .h5mu: rna=0.1, rna:BATCH=0.1. May be given "
+            "several times.",
+            metavar="[[NAME:]BATCH=]RATE",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -246,7 +247,7 @@ def _modality(text: str) -> tuple[str, str | None]:
 
 
 def _rate(texts: list[str], *, several_keys: bool) -> float | dict[Any, float] | None:
-    """One rate, or rates by batch, or by combination of categories where there are several ambient keys."""
+    """One rate, or rates by what is named; by combination where several categories of several ambient keys are."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return float(texts[0])
@@ -254,11 +255,13 @@ def _rate(texts: list[str], *, several_keys: bool) -> float | dict[Any, float] |
         if not all(name for name, _, _ in rates):
             raise ValueError
         # A category with a comma in its name can be quoted.
-        names = [tuple(next(csv.reader([name]))) if several_keys else name for name, _, _ in rates]
-        return {name: float(value) for name, (_, _, value) in zip(names, rates, strict=True)} or None
+        names = [next(csv.reader([name])) if several_keys else [name] for name, _, _ in rates]
+        keys = [tuple(each) if len(each) > 1 else each[0] for each in names]
+        return {key: float(value) for key, (_, _, value) in zip(keys, rates, strict=True)} or None
     except ValueError:
         raise typer.BadParameter(
-            f"{' '.join(texts)!r} is neither one RATE nor one BATCH=RATE for each batch.", param_hint="--ambient-rate"
+            f"{' '.join(texts)!r} is neither one RATE nor one NAME=RATE for each batch or modality.",
+            param_hint="--ambient-rate",
         ) from None
 
 

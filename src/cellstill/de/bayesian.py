@@ -206,13 +206,14 @@ def bayesian_de(
             batch_key=batch_key,
             covariate_keys=config.covariate_keys,
             min_cells=config.min_cells_per_sample,
+            called="pseudo-samples" if is_dealt else "samples",
         )
     except InvalidArgumentError as error:
         if not is_dealt:
             raise
         each = f", each of cells that agree in {' and '.join(map(repr, terms))}" if terms else ""
         raise InvalidArgumentError(
-            f"sample_key=None: the samples are parts of each group of at least min_cells_per_sample="
+            f"sample_key=None: pseudo-samples are parts of each group of at least min_cells_per_sample="
             f"{config.min_cells_per_sample} cells, as {sample_key!r}{each}. {error}"
         ) from error
     if counts is not None:

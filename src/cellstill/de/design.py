@@ -54,6 +54,7 @@ def make_design(
     batch_key: str | None,
     covariate_keys: Sequence[str],
     min_cells: int,
+    called: str = "samples",
 ) -> tuple[Units, Design]:
     """Find the replicates, and build their design: :func:`~cellstill.de.units.make_units`, :func:`design_of_units`.
 
@@ -78,6 +79,7 @@ def make_design(
         batch_key=batch_key,
         covariate_keys=covariate_keys,
         min_cells=min_cells,
+        called=called,
     )
     return design_of_units(units, contrast, sample_key=sample_key, batch_key=batch_key, covariate_keys=covariate_keys)
 
@@ -148,13 +150,14 @@ def design_of_units(
     if matrix.shape[0] <= matrix.shape[1]:
         raise InvalidArgumentError(
             f"The design ~ {' + '.join([*terms, contrast.column])} needs {matrix.shape[1]} coefficients for "
-            f"{matrix.shape[0]} samples: nothing is left to estimate their variation. Use fewer terms or more samples."
+            f"{matrix.shape[0]} {units.called}: nothing is left to estimate their variation. Use fewer terms or more "
+            f"{units.called}."
         )
     used = [term for term in terms if term in owners]
     for term in terms:
         if term not in used:
             constant = units.table[term].nunique() == 1
-            why = "it is constant in these samples" if constant else f"{' + '.join(used)} already determines it"
+            why = f"it is constant in these {units.called}" if constant else f"{' + '.join(used)} already determines it"
             notes.append(f"{term!r} is not in the design: {why}.")
     warn_left_out(units)
     return units, Design(
@@ -214,7 +217,7 @@ def _confounded(table: pd.DataFrame, contrast: Contrast, blame: Sequence[str]) -
     names = " + ".join(repr(term) for term in blame)
     return InvalidArgumentError(
         f"groupby={contrast.column!r} cannot be told from {names}: they are confounded, and no design separates their "
-        f"effects. Number of samples:\n{counts.to_string()}\n"
+        f"effects. Number of replicates:\n{counts.to_string()}\n"
         f"Compare groups that share levels of {names}, or leave {names} out of the design (batch_key=None, or "
         "batch_keys=[] of models of vi, or fewer covariate_keys) and accept that what is found may be its effect."
     )

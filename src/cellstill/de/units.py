@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -33,12 +33,15 @@ class Units:
         Cells of each replicate.
     left_out
         Samples that were not used: ``sample_key``, ``groupby``, ``n_cells``, ``reason``.
+    called
+        What messages call them.
     """
 
     codes: np.ndarray
     table: pd.DataFrame
     n_cells: np.ndarray
     left_out: pd.DataFrame
+    called: str = "samples"
 
     def keep(self, used: np.ndarray, reason: str) -> Units:
         """Leave out the replicates that are not ``used`` (a mask), and write down why.
@@ -50,7 +53,8 @@ class Units:
             return self
         gone = self.table.iloc[~used, :2].assign(n_cells=self.n_cells[~used], reason=reason)
         renumbered = np.append(np.where(used, np.cumsum(used) - 1, -1), -1)
-        return Units(
+        return replace(
+            self,
             codes=renumbered[self.codes],
             table=self.table[used].reset_index(drop=True),
             n_cells=self.n_cells[used],
@@ -83,8 +87,9 @@ def make_units(
     batch_key: str | None,
     covariate_keys: Sequence[str],
     min_cells: int,
+    called: str = "samples",
 ) -> Units:
-    """Group the cells of the two groups into replicates, one per sample and group.
+    """Group the cells of the two groups into replicates, one per sample and group; messages call samples ``called``.
 
     Raises
     ------
@@ -134,7 +139,7 @@ def make_units(
     codes[cells] = unit
     n_cells = np.bincount(unit, minlength=len(table))
     nothing = pd.DataFrame(columns=[sample_key, column, "n_cells", "reason"])
-    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing)
+    units = Units(codes=codes, table=table, n_cells=n_cells, left_out=nothing, called=called)
     return units.keep(n_cells >= min_cells, f"fewer than {min_cells} cells")
 
 
@@ -145,9 +150,9 @@ def check_replicates(units: Units, contrast: Contrast, sample_key: str) -> None:
         return
     found = " and ".join(f"{group!r} has {count}" for group, count in counts.items())
     raise InvalidArgumentError(
-        f"Samples are the replicates, and each group needs at least 2 of them: of obs[{sample_key!r}], {found}. "
-        "Check sample_key; if small samples were left out, lower min_cells_per_sample or min_counts_per_sample.\n"
-        + _sample_table(units, contrast)
+        f"{units.called.capitalize()} are the replicates, and each group needs at least 2 of them: of "
+        f"obs[{sample_key!r}], {found}. Check sample_key; if small {units.called} were left out, lower "
+        "min_cells_per_sample or min_counts_per_sample.\n" + _sample_table(units, contrast)
     )
 
 
@@ -161,7 +166,8 @@ def warn_left_out(units: Units) -> None:
         more = f" and {len(rows) - _N_NAMED} more" if len(rows) > _N_NAMED else ""
         lines.append(f"{', '.join(names)}{more}: {reason}.")
     n_gone, n_used = len(units.left_out), len(units.table)
-    warnings.warn(f"{n_gone} of {n_gone + n_used} samples left out: {' '.join(lines)}", CellstillWarning, stacklevel=5)
+    found = f"{n_gone} of {n_gone + n_used} {units.called} left out: {' '.join(lines)}"
+    warnings.warn(found, CellstillWarning, stacklevel=5)
 
 
 def _sample_table(units: Units, contrast: Contrast) -> str:

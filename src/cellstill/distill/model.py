@@ -420,7 +420,7 @@ class Distiller(Getters, Analysis):
         return model
 
     @staticmethod
-    def load_registry(dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
+    def load_registry(dir_path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read how a saved model's data were set up: its batches and the arguments of :meth:`setup_anndata`."""
         _, config = load_store(dir_path, Distiller.__name__)
         known = {"batch": [*config["fitted"]["batch_names"], *config["fitted"]["query_batches"]]}

@@ -39,7 +39,7 @@ from cellstill.vi.expected_fit import fit_expected_libraries
 from cellstill.vi.growth import Rows, freeze, holding
 from cellstill.vi.minified import read_minified
 from cellstill.vi.module import RegularizedVAE
-from cellstill.vi.rates import Rate
+from cellstill.vi.rates import Rates, rates_of_modalities
 from cellstill.vi.roles import ROLES
 from cellstill.vi.start import start_from_data
 from cellstill.vi.training import TrainingSettings, continued, default_epochs, ends_with, split, train_module
@@ -119,7 +119,7 @@ class RegularizedModel(MinifiableModel):
         self,
         config: VAEConfig,
         cells: Cells | None,
-        ambient_rate: Rate = None,
+        ambient_rate: Rates = None,
         reference: RegularizedVAE | None = None,
     ) -> None:
         """Make the module, and start it from data."""
@@ -127,10 +127,13 @@ class RegularizedModel(MinifiableModel):
             torch.manual_seed(self.seed)
             self.module = RegularizedVAE(config)
             if cells is not None:
+                categories = {code_of(column): names for column, names in self._categories.items()}
                 start_from_data(
                     *(self.module, cells.counts, cells.per_cell, cells.present, np.arange(len(cells))),
-                    categories={code_of(column): names for column, names in self._categories.items()},
-                    ambient_rate=ambient_rate,
+                    categories=categories,
+                    ambient_rates=rates_of_modalities(
+                        ambient_rate, config, list(cells.counts), categories, named="roles" in self._setup
+                    ),
                     seed=self.seed,
                     reference=reference,
                 )
@@ -320,6 +323,7 @@ class RegularizedModel(MinifiableModel):
         self.is_trained_ = True
         return self
 
+    @names_what_to_use
     def save(self, dir_path: str | os.PathLike[str], *, overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write the model to a folder: safetensors and JSON, no pickle, and no counts unless they are asked for.
 
@@ -415,7 +419,8 @@ class RegularizedModel(MinifiableModel):
         return model
 
     @classmethod
-    def load_registry(cls, dir_path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, Any]:
+    @names_what_to_use
+    def load_registry(cls, dir_path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read how a saved model's data were set up: categories, and the arguments of the set-up."""
         config = load_store(dir_path, cls.__name__)[1]
         return cls._registry_of(config["setup"], config["categories"])

@@ -17,7 +17,7 @@ from cellstill.data.counts import as_csr, check_counts, get_layer, iter_rows
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.modalities import ModalityLoader
 from cellstill.data.selection import cell_positions
-from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, check_key
 from cellstill.vi.covariates import CovariateKeys
 
 if TYPE_CHECKING:
@@ -239,8 +239,21 @@ def _modalities(
             found[name] = (None, np.full(data.n_obs, -1))
             continue
         check_key("modality", name, "mdata.mod", data.mod.keys())
+        _check_layer(data[name], layers[name], name)
         found[name] = (data[name], modality_rows(data, name))
     return found
+
+
+def _check_layer(adata: AnnData, layer: str | None, name: str) -> None:
+    """Refuse a layer that a modality lacks, in the words of who sets up a MuData."""
+    layers = adata.layers.keys()
+    if layer is not None:
+        check_key(f"modalities[{name!r}]", layer, f"mdata[{name!r}].layers", layers)
+    elif adata.X is None:
+        raise InvalidCountsError(
+            f"mdata[{name!r}].X is empty. Name the layer that holds counts: modalities={{{name!r}: ...}} (layers: "
+            f"{', '.join(map(repr, layers)) or 'none'})."
+        )
 
 
 def _read_counts(

@@ -17,6 +17,7 @@ from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
 from cellstill.vi.module import Latent
+from cellstill.vi.noise import CellNoise
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,22 +49,21 @@ class Criticism(Getters):
         adata, indices
             As in :meth:`get_normalized_expression`.
         batch_size
-            Cells at a time. Larger is faster until memory runs out.
+            Cells at a time, on which the draws do not depend. Larger is faster until memory runs out.
         return_mean
             Otherwise one value per cell, shape ``(n,)``.
         seed
             Of the draw.
         """
-        values = []
-        with _seeded(seed):
-            for block in self._blocks(adata, indices, batch_size):
-                z, kl = block.latent.sample(), block.latent.kl
-                value = -kl
-                for name in self.module.config.modalities:
-                    log_likelihood, library = self._at(block, name, z)
-                    divergence = normal.divergence(*library)
-                    value = value + log_likelihood - _of_present(block, name, divergence)
-                values.append(to_numpy(value))
+        values, noise = [], CellNoise(seed)
+        for block in self._blocks(adata, indices, batch_size):
+            z = _drawn_z(block, noise)
+            value = -block.latent.kl
+            for number, name in enumerate(self.module.config.modalities):
+                log_likelihood, library = self._at(block, name, z, noise, number)
+                divergence = normal.divergence(*library)
+                value = value + log_likelihood - _of_present(block, name, divergence)
+            values.append(to_numpy(value))
         return _mean(values, return_mean)
 
     def get_reconstruction_error(
@@ -90,11 +90,11 @@ class Criticism(Getters):
         """
         names = list(self.module.config.modalities)
         values: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        with _seeded(seed):
-            for block in self._blocks(adata, indices, batch_size):
-                z = block.latent.sample()
-                for name in names:
-                    values[name].append(to_numpy(-self._at(block, name, z)[0]))
+        noise = CellNoise(seed)
+        for block in self._blocks(adata, indices, batch_size):
+            z = _drawn_z(block, noise)
+            for number, name in enumerate(names):
+                values[name].append(to_numpy(-self._at(block, name, z, noise, number)[0]))
         each = {name: np.concatenate(parts) for name, parts in values.items()}
         errors = {"reconstruction_loss": np.sum(list(each.values()), axis=0)}
         if len(names) > 1:
@@ -124,11 +124,10 @@ class Criticism(Getters):
         """
         if n_mc_samples < 1:
             raise InvalidArgumentError(f"n_mc_samples={n_mc_samples} has to be at least 1.")
-        values = []
-        with _seeded(seed):
-            for block in self._blocks(adata, indices, batch_size):
-                weights = torch.stack([self._importance(block) for _ in range(n_mc_samples)])
-                values.append(to_numpy(torch.logsumexp(weights.double(), dim=0) - np.log(n_mc_samples)))
+        values, noise = [], CellNoise(seed)
+        for block in self._blocks(adata, indices, batch_size):
+            weights = torch.stack([self._importance(block, noise, draw) for draw in range(n_mc_samples)])
+            values.append(to_numpy(torch.logsumexp(weights.double(), dim=0) - np.log(n_mc_samples)))
         return _mean(values, return_mean)
 
     def posterior_predictive_sample(
@@ -145,12 +144,14 @@ class Criticism(Getters):
 
         Parameters
         ----------
-        adata, indices, batch_size, seed
+        adata, indices, seed
             As in :meth:`get_elbo`.
         modality
             Name; ``None`` is all of them, drawn at the same z.
         n_samples
             Draws.
+        batch_size
+            Cells at a time. Larger is faster until memory runs out; other sizes give other draws.
 
         Returns
         -------
@@ -202,29 +203,41 @@ class Criticism(Getters):
         self._require_trained()
         return blocks(self.module, self._cells(data, counts=counts)[indices], batch_size)
 
-    def _at(self, block: Block, name: str, z: torch.Tensor) -> tuple[torch.Tensor, LibraryPosterior]:
+    def _at(
+        self, block: Block, name: str, z: torch.Tensor, noise: CellNoise, number: int
+    ) -> tuple[torch.Tensor, LibraryPosterior]:
         """Log-likelihood of each cell given z and a draw of its library size, and the latter's posterior."""
         library = self.module.library(name, block.counts[name], block.batch)
-        return self._given(block, name, z, normal.draw(library.mean, library.variance)), library
+        return self._given(block, name, z, _drawn_size(block, library, noise, number)), library
 
     def _given(self, block: Block, name: str, z: torch.Tensor, log_library: torch.Tensor) -> torch.Tensor:
         present = block.batch.get(f"{name}/present")
         part = self.module.modality(name)
         return part.log_likelihood(z, log_library, block.counts[name], block.batch, present).per_cell
 
-    def _importance(self, block: Block) -> torch.Tensor:
+    def _importance(self, block: Block, noise: CellNoise, draw: int) -> torch.Tensor:
         """``log p(x, z, l) - log q(z, l)`` at a draw from q."""
         latent = block.latent
-        z = latent.sample()
+        z = _drawn_z(block, noise, draw)
         prior = torch.ones_like(z) * self.module.prior_variance()
         weight = _log_ratio(z, Latent(torch.zeros_like(z), prior, latent.kl), latent)
-        for name in self.module.config.modalities:
+        for number, name in enumerate(self.module.config.modalities):
             library = self.module.library(name, block.counts[name], block.batch)
-            log_library = normal.draw(library.mean, library.variance)
+            log_library = _drawn_size(block, library, noise, number, draw)
             prior_of_size = LibraryPosterior(library.prior_mean, library.prior_variance, *library[2:])
             ratio = _log_ratio(log_library, prior_of_size, library)
             weight = weight + self._given(block, name, z, log_library) + _of_present(block, name, ratio)
         return weight
+
+
+def _drawn_z(block: Block, noise: CellNoise, draw: int = 0) -> torch.Tensor:
+    return noise.draw(block.rows, block.latent.mean, block.latent.variance, draw, 0)
+
+
+def _drawn_size(
+    block: Block, library: LibraryPosterior, noise: CellNoise, modality: int, draw: int = 0
+) -> torch.Tensor:
+    return noise.draw(block.rows, library.mean, library.variance, draw, 1 + modality)
 
 
 def _joined(samples: list[sp.csr_matrix]) -> Sample:

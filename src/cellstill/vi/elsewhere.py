@@ -12,6 +12,8 @@ from cellstill.errors import InvalidArgumentError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_FROZEN = "what the reference knows is frozen, and unfrozen=True trains all of it"
+
 _INSTEAD = {
     "labels_key": "leave it out: no part of the model knows labels",
     "categorical_covariate_keys": (
@@ -25,6 +27,20 @@ _INSTEAD = {
     "trainer_kwargs": "give its entries as arguments",
     "n_epochs_kl_warmup": "use kl_warmup=0.5, a share of all steps, or a number of steps",
     "n_steps_kl_warmup": "use kl_warmup, a number of steps",
+    "prefix": "give each model a folder of its own, such as dir_path='models/first'",
+    "save_kwargs": "leave it out: models are stored as safetensors and JSON, and not by torch.save",
+    "legacy_mudata_format": "leave it out: names of features are stored by modality, and load() reads them so",
+    "compression": "write the data yourself, with adata.write_h5ad or mdata.write, and give them to load()",
+    "datamodule": "give the data themselves, an AnnData or MuData",
+    "backup_url": "download the folder first, and load it from there",
+    "allowed_classes_names_list": "load the model with the class that wrote it",
+    "inplace_subset_query_vars": "leave it out: features are matched by name, and prepare_query_anndata changes data",
+    "freeze_dropout": _FROZEN,
+    "freeze_expression": _FROZEN,
+    "freeze_decoder_first_layer": _FROZEN,
+    "freeze_batchnorm_encoder": _FROZEN,
+    "freeze_batchnorm_decoder": _FROZEN,
+    "freeze_classifier": _FROZEN,
 }
 
 

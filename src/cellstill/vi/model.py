@@ -310,6 +310,7 @@ class AmbientRegularizedSCVI(Analysis):
         )
 
     @classmethod
+    @names_what_to_use
     def load(
         cls,
         dir_path: str | os.PathLike[str],

@@ -19,7 +19,7 @@ from cellstill.vi.containers import check_mudata
 from cellstill.vi.covariates import CovariateKeys
 from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.multiplicative import warn_if_multiplicative
-from cellstill.vi.rates import Rate
+from cellstill.vi.rates import Rates
 from cellstill.vi.roles import ROLES, by_role, resolve_roles
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class RegularizedMultimodalVI(Analysis):
         ``None`` follows the modality's role: a ``"profile"`` background for RNA, a ``"free"`` one for protein, feature
         scaling for ATAC, and for all modalities where its covariates were named. ``False`` leaves either out.
     ambient_rate
-        See :class:`~cellstill.vi.AmbientRegularizedSCVI`; of all modalities with a ``"profile"`` background.
+        See :class:`~cellstill.vi.AmbientRegularizedSCVI`; of all modalities with a ``"profile"`` background. By
+        modality, ``{"rna": 0.08}`` or ``{"rna": {"s1": 0.08}}``, it is of those named, and estimated in the others.
     latent_mode
         ``"concatenation"``: each modality has a part of z, in the order of the names. ``"weighted_mean"``: one z, the
         mean of the modalities' posteriors with learned weights, for which all have the same ``n_latent``.
@@ -94,7 +95,7 @@ class RegularizedMultimodalVI(Analysis):
         n_layers: int | Mapping[str, int] = 1,
         dropout_rate: float | None = None,
         background: Background | Literal[False] | Mapping[str, Background | Literal[False] | None] | None = None,
-        ambient_rate: Rate = None,
+        ambient_rate: Rates = None,
         use_feature_scaling: bool | Mapping[str, bool | None] | None = None,
         use_batch_in_decoder: bool = False,
         likelihood: str | Mapping[str, str] = "negative_binomial",
@@ -290,6 +291,7 @@ class RegularizedMultimodalVI(Analysis):
         )
 
     @classmethod
+    @names_what_to_use
     def load(
         cls,
         dir_path: str | os.PathLike[str],

@@ -8,14 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pandas as pd
 
 from cellstill._compat.scvi import MINIFIED, minified_type
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.cells import Cells, code_of
-from cellstill.vi.containers import check_whole
+from cellstill.vi.containers import check_anndata, check_mudata, check_whole
 from cellstill.vi.differential import Differential
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.growth import grow
-from cellstill.vi.rates import Rate
+from cellstill.vi.preparation import prepared_anndata, prepared_mudata
+from cellstill.vi.rates import Rates
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,13 +31,14 @@ class Query(Differential):
     """Mapping of new data by both regularised models."""
 
     @classmethod
+    @names_what_to_use
     def load_query_data(
         cls,
         adata: AnnData | MuData,
         reference_model: Self | str | os.PathLike[str],
         *,
         unfrozen: bool = False,
-        ambient_rate: Rate = None,
+        ambient_rate: Rates = None,
         min_gene_overlap: float = 0.5,
     ) -> Self:
         """Make a model of new cells from a trained one, whose covariates may have new categories.
@@ -119,6 +123,107 @@ class Query(Differential):
             nothing = np.empty(0, dtype=np.int64)
             model.train_indices_, model.validation_indices_, model.test_indices_ = nothing, nothing, nothing
         return model
+
+    @classmethod
+    def prepare_query_anndata(
+        cls,
+        adata: AnnData,
+        reference_model: Self | str | os.PathLike[str],
+        return_reference_var_names: bool = False,
+        inplace: bool = True,
+        *,
+        min_gene_overlap: float = 0.5,
+    ) -> AnnData | pd.Index | None:
+        """Give new cells the features of a trained model, in its order; those that they lack become zero.
+
+        :meth:`load_query_data` does not need it, since it matches features by name: latents are the same with and
+        without. Results are then in the order of the model, and cells keep no counts of other features; one without a
+        count of the model's is refused.
+
+        Parameters
+        ----------
+        adata
+            New cells. ``X`` and layers are changed; ``obs``, ``obsm``, ``obsp``, ``uns`` and ``raw`` are not. Where
+            features are missing, their annotation in ``var`` is too, and ``varm`` and ``varp`` are left out. Not a
+            view, and in memory.
+        reference_model
+            As in :meth:`load_query_data`.
+        return_reference_var_names
+            Only give the names of the model's features.
+        inplace
+            Change ``adata``. Otherwise it is left as it is, and a copy comes back.
+        min_gene_overlap
+            Smallest share of the model's features that ``adata`` must have. Larger is safer.
+
+        Returns
+        -------
+        ``None``; or the copy, or the names.
+
+        Raises
+        ------
+        InvalidArgumentError, NotTrainedError, StoreError
+            The reference cannot be used, as in :meth:`load_query_data`, or is one of MuData; or ``adata`` is a view, a
+            MuData or backed by a file.
+        GeneMismatchError
+            Duplicated names, or fewer features in common than ``min_gene_overlap``.
+
+        Warns
+        -----
+        CellstillWarning
+            Features are missing; their names.
+        """
+        reference = cls._reference(reference_model)
+        if "roles" in reference._setup:
+            raise InvalidArgumentError("The reference is a model of MuData. Call prepare_query_mudata().")
+        (features,) = reference._features.values()
+        if return_reference_var_names:
+            return pd.Index(features)
+        check_anndata(adata)
+        return prepared_anndata(adata, features, inplace=inplace, min_overlap=min_gene_overlap)
+
+    @classmethod
+    def prepare_query_mudata(
+        cls,
+        mdata: MuData,
+        reference_model: Self | str | os.PathLike[str],
+        return_reference_var_names: bool = False,
+        inplace: bool = True,
+        *,
+        min_gene_overlap: float = 0.5,
+    ) -> MuData | dict[str, pd.Index] | None:
+        """Give the modalities of new cells the features of a trained model, as :meth:`prepare_query_anndata` does.
+
+        Parameters
+        ----------
+        mdata
+            New cells, which need not have all modalities of the model; others that they have stay as they are. Not a
+            view.
+        reference_model, return_reference_var_names, inplace, min_gene_overlap
+            See :meth:`prepare_query_anndata`.
+
+        Returns
+        -------
+        ``None``; or the copy, or the names by modality.
+
+        Raises
+        ------
+        InvalidArgumentError, NotTrainedError, StoreError, GeneMismatchError
+            See :meth:`prepare_query_anndata`.
+        MissingKeyError
+            The cells have no modality of the model.
+
+        Warns
+        -----
+        CellstillWarning
+            Features are missing; their names.
+        """
+        reference = cls._reference(reference_model)
+        if "roles" not in reference._setup:
+            raise InvalidArgumentError("The reference is a model of AnnData. Call prepare_query_anndata().")
+        if return_reference_var_names:
+            return {name: pd.Index(features) for name, features in reference._features.items()}
+        check_mudata(mdata)
+        return prepared_mudata(mdata, reference._features, inplace=inplace, min_overlap=min_gene_overlap)
 
     @classmethod
     def _reference(cls, reference_model: Any) -> Self:

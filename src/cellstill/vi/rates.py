@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from cellstill.errors import InvalidArgumentError
 from cellstill.vi.ambient import ProfileBackground
+from cellstill.vi.config import VAEConfig
 from cellstill.vi.soup import estimate_soup
 
 ALL_CELLS = "all_cells"
@@ -19,13 +20,72 @@ ALL_CELLS = "all_cells"
 Rate = float | Mapping[Any, float] | None
 """One rate of all cells, or rates by category; by tuple of categories where there are several ambient columns."""
 
+Rates = Rate | Mapping[str, Rate]
+"""A rate of all modalities, or rates by modality."""
+
+
+def rates_of_modalities(
+    known: Rates, config: VAEConfig, counted: Sequence[str], categories: Mapping[str, Sequence[str]], *, named: bool
+) -> dict[str, Rate]:
+    """Rates that a user states, by modality.
+
+    A dictionary is by modality if its keys all are names of modalities and not all names of categories, or if one of
+    its values is a dictionary or ``None``. Any other is by category, as is one number, of all modalities whose
+    background is of the form ``"profile"``.
+
+    Parameters
+    ----------
+    known
+        What was stated.
+    config
+        Of the model.
+    counted
+        Modalities that the cells have.
+    categories
+        Names of the categories of each column.
+    named
+        Whether modalities can be named. Otherwise a dictionary is by category.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A rate is no number in [0, 1), or of no use; or keys are names of modalities and categories alike, of both in
+        turn, or of neither.
+    """
+    if known is None:
+        return {}
+    if not (named and isinstance(known, Mapping) and _is_by_modality(known, config, categories)):
+        _check_values("ambient_rate", known)
+        with_rate = [name for name in counted if config.modalities[name].background == "profile"]
+        if not with_rate:
+            raise InvalidArgumentError(
+                f"ambient_rate={known!r} is of no use: none of the modalities {list(counted)} has a background of "
+                "the form 'profile'. Leave it out."
+            )
+        return dict.fromkeys(with_rate, cast(Rate, known))
+    for name, rate in known.items():
+        argument = f"ambient_rate[{name!r}]"
+        if name not in config.modalities:
+            raise InvalidArgumentError(f"{argument}: there is no such modality. There are {list(config.modalities)}.")
+        form = config.modalities[name].background
+        if form != "profile":
+            found = "no background" if form is None else f"a background of the form {form!r}"
+            raise InvalidArgumentError(
+                f"{argument} is of no use: the modality has {found}, and only one of the form 'profile' has a rate. "
+                "Leave it out, or set background of the modality to 'profile'."
+            )
+        if name not in counted:
+            raise InvalidArgumentError(f"{argument} is of no use: no cell has the modality. Leave it out.")
+        _check_values(argument, rate)
+    return dict(known)
+
 
 def estimate_rates(
     background: ProfileBackground,
     counts: sp.csr_matrix,
     codes: Mapping[str, np.ndarray],
     categories: Mapping[str, Sequence[str]],
-    known: Rate,
+    given: np.ndarray,
     seed: int,
     before: ProfileBackground | None = None,
 ) -> None:
@@ -42,9 +102,8 @@ def estimate_rates(
         Counts of the cells, and their codes by column.
     categories
         Names of the categories of each column.
-    known
-        Share of ambient RNA, of all cells, or by category (a tuple of them where there are several columns); ``None``,
-        and categories left out, are estimated.
+    given
+        Share of ambient RNA of each row of the background, NaN where it is to be estimated (:func:`known_rates`).
     seed
         Of the estimate.
     before
@@ -54,18 +113,10 @@ def estimate_rates(
     Raises
     ------
     InvalidArgumentError
-        A known rate lies outside [0, 1), is not a number, or is that of no category, or of none but those that a
-        trained model knows.
+        There are fewer than two cells or features to estimate a rate from.
     """
     names = _names(background, categories)
     n_before = 0 if before is None else len(before.combinations)
-    given = np.full(len(background.rate), np.nan)
-    stated = _stated(known, names, n_before)
-    if isinstance(stated, dict):
-        for name, value in stated.items():
-            given[names.index(name)] = value
-    elif stated is not None:
-        given[n_before:] = stated
     rate, bound = np.full(len(given), np.nan), np.ones(len(given))
     interval, identified = np.tile([0.0, 1.0], (len(given), 1)), np.zeros(len(given), dtype=bool)
     if before is not None:
@@ -114,31 +165,86 @@ def _names(background: ProfileBackground, categories: Mapping[str, Sequence[str]
     return tuples if len(of) > 1 else [name for (name,) in tuples]
 
 
-def _stated(known: Any, names: list[Any], n_before: int) -> dict[Any, float] | float | None:
-    """Check rates that a user states."""
-    if known is None:
-        return None
-    if not _is_number(known) and not isinstance(known, Mapping):
-        raise InvalidArgumentError(
-            f"ambient_rate is {known!r}. Give one number for all cells, or a dictionary by category: "
-            f"{{{names[0]!r}: 0.1}}."
-        )
-    values = {_name(key): value for key, value in known.items()} if isinstance(known, Mapping) else {ALL_CELLS: known}
-    for name, value in values.items():
-        if not _is_number(value) or not 0 <= value < 1:
-            raise InvalidArgumentError(f"ambient_rate of {name!r} is {value!r}; it is a share of counts, in [0, 1).")
+def known_rates(
+    background: ProfileBackground,
+    categories: Mapping[str, Sequence[str]],
+    known: Rate,
+    before: ProfileBackground | None = None,
+) -> np.ndarray:
+    """Rates of the rows of a background that a user states, and NaN for the others.
+
+    Parameters
+    ----------
+    background, categories, before
+        See :func:`estimate_rates`.
+    known
+        Share of ambient RNA, of all cells, or by category (a tuple of them where there are several columns).
+
+    Raises
+    ------
+    InvalidArgumentError
+        A rate is that of no category, or of none but those that a trained model knows.
+    """
+    names = _names(background, categories)
+    n_before = 0 if before is None else len(before.combinations)
     new = names[n_before:]
+    given = np.full(len(background.rate), np.nan)
     if isinstance(known, Mapping):
+        values = {_name(key): value for key, value in known.items()}
         _check_names(known, values, names)
         kept = [name for name in values if name not in new]
+        for name, value in values.items():
+            given[names.index(name)] = value
     else:
-        kept = [] if new else ["all cells"]
+        kept = ["all cells"] if known is not None and not new else []
+        given[n_before:] = np.nan if known is None else known
     if kept:
         raise InvalidArgumentError(
             f"ambient_rate is stated of {kept[:5]}, whose soup the reference knows, and keeps. "
             + (f"State it of new categories: {new[:10]}." if new else "The cells have no new category: leave it out.")
         )
-    return values if isinstance(known, Mapping) else float(known)
+    return given
+
+
+def _is_by_modality(known: Mapping[Any, Any], config: VAEConfig, categories: Mapping[str, Sequence[str]]) -> bool:
+    """Whether keys are names of modalities, and not of categories."""
+    if any(value is None or isinstance(value, Mapping) for value in known.values()):
+        return True
+    columns, modalities = config.ambient, list(config.modalities)
+    several, one = len(columns) > 1, list(categories[columns[0]]) if columns else [ALL_CELLS]
+    of_modality = [key for key in known if key in modalities]
+    of_category = [key for key in known if (isinstance(key, tuple) if several else _name(key) in one)]
+    if not known or (len(of_modality) != len(of_category) and len(known) in (len(of_modality), len(of_category))):
+        return len(of_modality) > len(of_category)
+    if len(of_modality) == len(known):
+        first = of_modality[0]
+        raise InvalidArgumentError(
+            f"ambient_rate names {of_modality[:5]}, which are modalities and categories alike. Name both: "
+            f"ambient_rate={{{first!r}: {{{first!r}: 0.1}}}}."
+        )
+    neither = [key for key in known if key not in of_modality and key not in of_category]
+    found = f"{neither[:5]}" if neither else f"{of_modality[:5]} beside {of_category[:5]}"
+    what = "combinations of categories, as tuples" if several else f"categories, {one[:10]}"
+    example = tuple(categories[column][0] for column in columns) if several else one[0]
+    with_rate = [name for name, modality in config.modalities.items() if modality.background == "profile"] or modalities
+    raise InvalidArgumentError(
+        f"ambient_rate names {found}. Name modalities, {with_rate}, or {what}, or both: "
+        f"ambient_rate={{{with_rate[0]!r}: {{{example!r}: 0.1}}}}."
+    )
+
+
+def _check_values(argument: str, known: Any) -> None:
+    """Refuse what is no share of counts."""
+    if known is None:
+        return
+    if not _is_number(known) and not isinstance(known, Mapping):
+        raise InvalidArgumentError(
+            f"{argument} is {known!r}. Give one number for all cells, or a dictionary by category, {{...: 0.1}}."
+        )
+    each = {f"[{key!r}]": rate for key, rate in known.items()} if isinstance(known, Mapping) else {"": known}
+    for key, rate in each.items():
+        if not _is_number(rate) or not 0 <= rate < 1:
+            raise InvalidArgumentError(f"{argument}{key}={rate!r} is no share of counts, which lies in [0, 1).")
 
 
 def _check_names(known: Mapping[Any, float], values: Mapping[Any, float], names: list[Any]) -> None:

@@ -10,13 +10,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from cellstill.errors import InvalidArgumentError
 from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.modality import Modality
 from cellstill.vi.module import RegularizedVAE
 from cellstill.vi.moments import inverse_dispersion
 from cellstill.vi.parts import Background, Dispersion
-from cellstill.vi.rates import Rate, estimate_rates
+from cellstill.vi.rates import Rate, estimate_rates, known_rates
 
 BACKGROUND_SHARE = 0.2
 """Share of the mean expression that the background starts with."""
@@ -32,7 +31,7 @@ def start_from_data(
     present: Mapping[str, np.ndarray],
     cells: np.ndarray,
     categories: Mapping[str, Sequence[str]] | None = None,
-    ambient_rate: Rate = None,
+    ambient_rates: Mapping[str, Rate] | None = None,
     seed: int = 0,
     reference: RegularizedVAE | None = None,
 ) -> None:
@@ -59,8 +58,8 @@ def start_from_data(
         Positions of the training cells.
     categories
         Names of the categories of each column.
-    ambient_rate
-        Known share of ambient RNA in the counts, of all cells or by category, instead of an estimate.
+    ambient_rates
+        Known share of ambient RNA in the counts by modality, of all cells or by category; others are estimated.
     seed
         Of the estimate of ambient rates.
     reference
@@ -69,7 +68,7 @@ def start_from_data(
     Raises
     ------
     InvalidArgumentError
-        ``ambient_rate`` is not one of the data's categories, or no modality of the data has a rate.
+        A rate is that of no category of the data.
 
     Warns
     -----
@@ -81,25 +80,23 @@ def start_from_data(
         for name in module.config.modalities
         if isinstance(background := module.modality(name).background, ProfileBackground)
     }
-    if ambient_rate is not None and not profiles.keys() & counts.keys():
-        raise InvalidArgumentError(
-            f"ambient_rate={ambient_rate!r} is of no use: none of the modalities {list(counts)} has a background of "
-            "the form 'profile'. Leave it out."
-        )
     before = (
         {name: cast(ProfileBackground, reference.modality(name).background) for name in profiles} if reference else {}
     )
+    names, stated = categories or {}, ambient_rates or {}
+    given = {}
     for name, profile in profiles.items():
         profile.occur(
             {column: codes[column] for column in profile.columns}, before[name].combinations if reference else None
         )
+        given[name] = known_rates(profile, names, stated.get(name), before.get(name))
     for name in (name for name in module.config.modalities if name in counts):
         matrix = counts[name]
         has = cells if name not in present else cells[present[name][cells]]
         own = {column: values[has] for column, values in codes.items()}
         modality = module.modality(name)
         if name in profiles:
-            estimate_rates(profiles[name], matrix[has], own, categories or {}, ambient_rate, seed, before.get(name))
+            estimate_rates(profiles[name], matrix[has], own, names, given[name], seed, before.get(name))
         _start_modality(modality, matrix[has], own, module.config.dispersion_start)
 
 
