@@ -151,6 +151,7 @@ def obs():
             "holes": ["a", None, "b", None],
             "mixed": np.array([1, "1", 2, 2], dtype=object),
             "infinite": [0.0, 1.0, np.inf, 2.0],
+            "day": pd.to_datetime(["2020-01-01", "2020-01-01", "2020-01-02", "2020-01-02"]),
         },
         index=list("ABCD"),
     )
@@ -170,16 +171,42 @@ def test_columns_that_serve_are_accepted(obs):
         ({"technical_covariate_keys": "plate"}, MissingKeyError, "technical_covariate_keys='plate'"),
         ({"dispersion_key": "holes"}, InvalidArgumentError, "dispersion_key: .* is missing for 2 of 4 cells"),
         ({"batch_key": "mixed"}, InvalidArgumentError, "different values have the same name"),
+        ({"batch_key": "day"}, InvalidArgumentError, r"batch_key: .*'day'\] holds datetime64.*text: .*astype\(str\)"),
         ({"continuous_covariate_keys": "text"}, InvalidArgumentError, "not numbers"),
         ({"continuous_covariate_keys": "flat"}, InvalidArgumentError, "constant"),
         ({"continuous_covariate_keys": "infinite"}, InvalidArgumentError, "not finite"),
         ({"library_key": "site", "dataset_key": "lane"}, InvalidArgumentError, "library 'x' has cells in .*'1', '2'"),
     ],
-    ids=["absent", "absent_library", "absent_technical", "missing", "mixed", "text", "constant", "infinite", "nesting"],
+    ids=[
+        "absent",
+        "absent_library",
+        "absent_technical",
+        "missing",
+        "mixed",
+        "dates",
+        "text",
+        "constant",
+        "infinite",
+        "nesting",
+    ],
 )
 def test_columns_that_cannot_serve_are_refused(obs, arguments, error, match):
     with pytest.raises(error, match=match):
         resolve(**arguments).check(obs)
+
+
+def test_categories_of_dates_are_refused_too(obs):
+    with pytest.raises(InvalidArgumentError, match="batch_key: .* holds datetime64"):
+        resolve(batch_key="day").check(obs.astype({"day": "category"}))
+
+
+@pytest.mark.parametrize(("cells_of_each", "warned"), [(1, True), (2, True), (3, False)])
+def test_a_column_of_names_of_cells_is_no_batch(cells_of_each, warned, recwarn):
+    names = np.repeat([f"cell{i}" for i in range(12)], cells_of_each)
+    obs = pd.DataFrame({"name": pd.Categorical(names, categories=[*np.unique(names), "nobody"])})
+    resolve(batch_key="name").check(obs)
+    found = [str(warning.message) for warning in recwarn if "12 categories for" in str(warning.message)]
+    assert bool(found) == warned
 
 
 def test_nesting_counts_the_libraries_that_are_split():

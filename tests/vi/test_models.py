@@ -552,6 +552,20 @@ def test_untrained_model_says_so():
     model = AmbientRegularizedSCVI(adata, **SMALL)
     with pytest.raises(NotTrainedError, match=r"Call train\(\)"):
         model.get_latent_representation()
+    free = AmbientRegularizedSCVI(adata, **{**SMALL, "ambient_rate": None}, background="free")
+    with pytest.raises(NotTrainedError, match=r"Call train\(\)"):
+        free.get_ambient_profile()
+
+
+def test_rate_and_composition_of_the_soup_are_known_before_training():
+    adata = make()
+    AmbientRegularizedSCVI.setup_anndata(adata, batch_key="lane")
+    model = AmbientRegularizedSCVI(adata, **{**SMALL, "ambient_rate": {"a": 0.2, "b": 0.1, "c": 0.0}})
+    before = model.get_ambient_rate(), model.get_ambient_profile()
+    np.testing.assert_allclose(before[0]["rate"], [0.2, 0.1, 0.0])
+    model.train(max_epochs=2)
+    pd.testing.assert_frame_equal(model.get_ambient_rate(), before[0])
+    pd.testing.assert_frame_equal(model.get_ambient_profile(), before[1])
 
 
 def test_resume_goes_on_from_a_checkpoint(tmp_path):

@@ -91,7 +91,7 @@ def test_combinations_of_a_modality():
         found = rates_of(model_of(stated, keys))
         assert found["rna"].loc[("s1", "x"), "rate"] == pytest.approx(0.3)
         assert is_stated(found["adt"]).count(True) == ("rna" not in stated)
-    with pytest.raises(InvalidArgumentError, match=r"names \['s1'\].*as tuples, or both: .*'adt': \{\('s1', 'x'\)"):
+    with pytest.raises(InvalidArgumentError, match=r"names \['s1'\].*as tuples, or both: .*'rna': \{\('s1', 'x'\)"):
         model_of({"s1": 0.3}, keys)
 
 
@@ -112,10 +112,13 @@ def test_names_of_modalities_and_categories_alike():
     [
         (
             {"rnaa": 0.1},
-            r"names \['rnaa'\]\. Name modalities, \['adt', 'rna'\], or categories, \['s1', 's2'\]",
+            r"names \['rnaa'\]\. Name modalities, \['rna', 'adt'\], or categories, \['s1', 's2'\]",
         ),
         ({"rna": 0.1, "s1": 0.1}, r"names \['rna'\] beside \['s1'\]\. Name modalities"),
-        ({"rnaa": {"s1": 0.1}}, r"ambient_rate\['rnaa'\]: there is no such modality. There are \['adt', 'peaks'"),
+        (
+            {"rnaa": {"s1": 0.1}},
+            r"ambient_rate\['rnaa'\]: there is no such modality. There are \['rna', 'peaks', 'adt'",
+        ),
         ({"s1": {"rna": 0.1}}, r"ambient_rate\['s1'\]: there is no such modality"),
         ({"rna": {"s3": 0.1}}, r"names \['s3'\], and the categories .* \['s1', 's2'\]"),
         ({"peaks": 0.1}, r"ambient_rate\['peaks'\] is of no use: the modality has no background"),

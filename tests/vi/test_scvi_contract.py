@@ -269,6 +269,36 @@ def test_no_argument_of_the_store_of_scvi_tools_is_unheard_of(kind):
         assert unheard <= ({"adata"} if kind is RegularizedMultimodalVI else set()), method
 
 
+@pytest.mark.parametrize(
+    ("method", "argument", "instead"),
+    [
+        ("train", "check_val_every_n_epoch", "after every epoch"),
+        ("train", "datasplitter_kwargs", "use train_size"),
+        ("get_latent_representation", "mc_samples", "give_mean=False draws"),
+        ("get_normalized_expression", "n_samples", "posterior_predictive_sample"),
+        ("get_normalized_expression", "importance_weighting_kwargs", "posterior mean"),
+        ("posterior_predictive_sample", "gene_list", "choose features of the result"),
+        ("posterior_predictive_sample", "transform_batch", "get_normalized_expression"),
+        ("differential_expression", "mode", "how=PseudobulkConfig"),
+        ("differential_expression", "batch_correction", r"batch_keys=\[\]"),
+        ("get_elbo", "dataloader", "give the data themselves"),
+    ],
+)
+def test_arguments_of_getters_that_are_not_here_say_what_takes_their_place(model, method, argument, instead):
+    with pytest.raises(InvalidArgumentError, match=f"{argument} is an argument of scvi-tools.* {method} .*{instead}"):
+        getattr(model, method)(**{argument: None})
+
+
+def test_no_argument_of_the_getters_of_scvi_tools_is_unheard_of():
+    methods = ("train", "get_latent_representation", "get_normalized_expression", "posterior_predictive_sample")
+    for method in (*methods, "differential_expression", "get_elbo", "get_marginal_ll", "get_reconstruction_error"):
+        kinds = scvi.model.SCVI, AmbientRegularizedSCVI
+        theirs, ours = (set(inspect.signature(getattr(of, method)).parameters) for of in kinds)
+        unheard = theirs - ours - set(_INSTEAD)
+        # The batch size of a comparison is that of its BayesianConfig.
+        assert unheard <= {"kwargs", "trainer_kwargs", "batch_size"}, method
+
+
 # Criticism.
 
 

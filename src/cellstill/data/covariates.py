@@ -150,10 +150,16 @@ def obs_column(obs: pd.DataFrame, key: str, argument: str) -> pd.Series:
     MissingKeyError
         There is no such column.
     InvalidArgumentError
-        Some values are missing.
+        Some values are missing, or they are dates.
     """
     check_key(argument, key, "adata.obs", obs.columns)
     values = obs[key]
+    dtype = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
+    if dtype.kind in "mM":
+        raise InvalidArgumentError(
+            f"{argument}: adata.obs[{key!r}] holds {dtype}, whose names depend on how they are written. Write them as "
+            f"text: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)."
+        )
     missing = values.isna()
     if missing.any():
         shown = ", ".join(repr(str(name)) for name in obs.index[missing][:3])

@@ -63,7 +63,7 @@ def attribution_figure(attribution: Mapping[str, ArrayLike], parts: Mapping[str,
             axes.set_xscale("log")
             low, high = min(x.min(), y.min()), max(x.max(), y.max())
             axes.plot([low, high], [low, high], color="#94a4a2", linewidth=0.8, zorder=0)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False)
     return figure

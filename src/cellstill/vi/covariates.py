@@ -17,6 +17,8 @@ from cellstill.vi.config import ModalityConfig
 
 _log = logging.getLogger("cellstill")
 
+_FEW_CELLS, _MANY_CATEGORIES = 3, 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class CovariateKeys:
@@ -214,6 +216,11 @@ class CovariateKeys:
         InvalidArgumentError
             A value is missing, a continuous covariate is not a number, not finite or constant, two categories have the
             same name, or a library is in two data sets.
+
+        Warns
+        -----
+        CellstillWarning
+            Most categories of a column have one or two cells.
         """
         for column, argument in self.arguments.items():
             values = obs_column(obs, column, argument)
@@ -221,6 +228,7 @@ class CovariateKeys:
                 _check_continuous(values)
             else:
                 _check_names(values, argument)
+                _warn_if_tiny(values, argument)
         if self.library_key is not None and self.dataset_key is not None:
             check_nested(obs, self.library_key, self.dataset_key)
 
@@ -355,6 +363,19 @@ def _check_continuous(values: pd.Series) -> None:
     if not np.isfinite(numbers).all() or numbers.std() == 0:
         raise InvalidArgumentError(
             f"continuous_covariate_keys: obs[{column!r}] is constant or not finite. Leave it out."
+        )
+
+
+def _warn_if_tiny(values: pd.Series, argument: str) -> None:
+    """Warn where most categories have hardly a cell, as those of a measurement or of names of cells have."""
+    sizes = values.value_counts()
+    sizes = sizes[sizes > 0]
+    if len(sizes) > _MANY_CATEGORIES and sizes.median() < _FEW_CELLS:
+        warnings.warn(
+            f"{argument}={values.name!r} has {len(sizes)} categories for {len(values)} cells, most with fewer than "
+            f"{_FEW_CELLS}, of which little is learned. Is it the column that was meant?",
+            CellstillWarning,
+            stacklevel=5,
         )
 
 

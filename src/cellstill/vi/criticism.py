@@ -13,6 +13,7 @@ import torch
 from cellstill.data.order import in_order
 from cellstill.errors import InvalidArgumentError
 from cellstill.nn import normal
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.evaluation import Block, blocks, expected_means, to_numpy
 from cellstill.vi.getters import Getters
 from cellstill.vi.library import LibraryPosterior
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 class Criticism(Getters):
     """Evidence and posterior predictive counts of both regularised models."""
 
+    @names_what_to_use
     def get_elbo(
         self,
         adata: AnnData | MuData | None = None,
@@ -66,6 +68,7 @@ class Criticism(Getters):
             values.append(to_numpy(value))
         return _mean(values, return_mean)
 
+    @names_what_to_use
     def get_reconstruction_error(
         self,
         adata: AnnData | MuData | None = None,
@@ -101,6 +104,7 @@ class Criticism(Getters):
             errors.update({f"reconstruction_loss_{name}": value for name, value in each.items()})
         return {name: float(value.mean()) if return_mean else value for name, value in errors.items()}
 
+    @names_what_to_use
     def get_marginal_ll(
         self,
         adata: AnnData | MuData | None = None,
@@ -130,6 +134,7 @@ class Criticism(Getters):
             values.append(to_numpy(torch.logsumexp(weights.double(), dim=0) - np.log(n_mc_samples)))
         return _mean(values, return_mean)
 
+    @names_what_to_use
     def posterior_predictive_sample(
         self,
         adata: AnnData | MuData | None = None,

@@ -35,6 +35,7 @@ from cellstill.vi.cells import Cells, code_of
 from cellstill.vi.correction import corrected_ratios
 from cellstill.vi.criticism import Criticism
 from cellstill.vi.draws import posterior_draws
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.getters import Target
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 class Differential(Criticism):
     """Comparison of groups of cells by both regularised models."""
 
+    @names_what_to_use
     def differential_expression(
         self,
         groupby: str | None = None,

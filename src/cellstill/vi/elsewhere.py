@@ -12,6 +12,7 @@ from cellstill.errors import InvalidArgumentError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_NO_SHARE = "leave it out: of the posterior mean there is one, and nothing is averaged"
 _FROZEN = "what the reference knows is frozen, and unfrozen=True trains all of it"
 
 _INSTEAD = {
@@ -24,7 +25,15 @@ _INSTEAD = {
     "dispersion": "set the data up with dispersion_key",
     "use_observed_lib_size": "use residual_library",
     "plan_kwargs": "give its entries as arguments, such as lr=, weight_decay= and kl_warmup=",
+    "plan_config": "give its entries as arguments, such as lr=, weight_decay= and kl_warmup=",
     "trainer_kwargs": "give its entries as arguments",
+    "trainer_config": "give its entries as arguments",
+    "datasplitter_kwargs": "use train_size, validation_size and stratify_validation_key",
+    "shuffle_set_split": "leave it out: cells are split at random, by the model's seed",
+    "load_sparse_tensor": "leave it out: counts stay sparse",
+    "check_val_every_n_epoch": "leave it out: validation cells are looked at after every epoch",
+    "reduce_lr_on_plateau": "use lr, and early_stopping",
+    "latent_distribution": "leave it out: the prior of z is normal",
     "n_epochs_kl_warmup": "use kl_warmup=0.5, a share of all steps, or a number of steps",
     "n_steps_kl_warmup": "use kl_warmup, a number of steps",
     "prefix": "give each model a folder of its own, such as dir_path='models/first'",
@@ -32,6 +41,29 @@ _INSTEAD = {
     "legacy_mudata_format": "leave it out: names of features are stored by modality, and load() reads them so",
     "compression": "write the data yourself, with adata.write_h5ad or mdata.write, and give them to load()",
     "datamodule": "give the data themselves, an AnnData or MuData",
+    "dataloader": "give the data themselves, an AnnData or MuData",
+    "data_loader_kwargs": "use batch_size",
+    "silent": "leave it out: no bar is shown",
+    "mc_samples": "leave it out: the posterior mean is known, and give_mean=False draws",
+    "gene_list": "choose features of the result, which has them in the order of the data",
+    "transform_batch": "use get_normalized_expression(transform_batch=...): counts are drawn as they were measured",
+    "n_samples": "expression is that of the posterior mean; posterior_predictive_sample(n_samples=...) draws counts",
+    "n_samples_overall": _NO_SHARE,
+    "return_mean": _NO_SHARE,
+    "weights": _NO_SHARE,
+    "importance_weighting_kwargs": _NO_SHARE,
+    "include_protein_background": "use include_background",
+    "scale_protein": "use library_size",
+    "protein_list": "use modality, and gene_list",
+    "mode": "use how=PseudobulkConfig() or how=BayesianConfig(), of cellstill.de",
+    "delta": "use how=BayesianConfig(delta=...), of cellstill.de",
+    "fdr_target": "use how=BayesianConfig(fdr=...), of cellstill.de",
+    "all_stats": "leave it out: the table has all of them",
+    "batch_correction": "batches are in the design, and batch_keys=[] leaves them out",
+    "batchid1": "use transform_batch, of both groups",
+    "batchid2": "use transform_batch, of both groups",
+    "filter_outlier_cells": "leave those cells out of idx1 and idx2",
+    "pseudocounts": "leave it out: the table has shrunken fold changes",
     "backup_url": "download the folder first, and load it from there",
     "allowed_classes_names_list": "load the model with the class that wrote it",
     "inplace_subset_query_vars": "leave it out: features are matched by name, and prepare_query_anndata changes data",

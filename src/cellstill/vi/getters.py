@@ -20,6 +20,7 @@ from cellstill.io.arrays import Out, output_array
 from cellstill.vi.ambient import ProfileBackground
 from cellstill.vi.base import RegularizedModel
 from cellstill.vi.denoising import expected_parts
+from cellstill.vi.elsewhere import names_what_to_use
 from cellstill.vi.evaluation import blocks, expected_means, native_expression, to_numpy
 from cellstill.vi.parts import Background
 
@@ -33,6 +34,7 @@ Target = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 class Getters(RegularizedModel):
     """The getters of both regularised models."""
 
+    @names_what_to_use
     def get_latent_representation(
         self,
         adata: AnnData | MuData | None = None,
@@ -160,6 +162,7 @@ class Getters(RegularizedModel):
             result[block.rows] = to_numpy(library.mean.exp())
         return result
 
+    @names_what_to_use
     def get_normalized_expression(
         self,
         adata: AnnData | MuData | None = None,
@@ -248,6 +251,8 @@ class Getters(RegularizedModel):
     def get_ambient_profile(self, *, modality: str | None = None) -> pd.DataFrame:
         """Composition of the ambient background of each category of the ambient covariates.
 
+        One of the form ``"profile"`` is known before training.
+
         Parameters
         ----------
         modality
@@ -272,7 +277,7 @@ class Getters(RegularizedModel):
         return pd.DataFrame(profile, index=self._ambient_index(background), columns=self._features[name])
 
     def get_ambient_rate(self, *, modality: str | None = None) -> pd.DataFrame:
-        """Share of ambient RNA in the counts of each category.
+        """Share of ambient RNA in the counts of each category: found, or stated, before training.
 
         Parameters
         ----------
@@ -411,13 +416,14 @@ class Getters(RegularizedModel):
         return pd.MultiIndex.from_tuples(pairs, names=["covariate", "category"])
 
     def _background(self, modality: str | None) -> tuple[str, Any]:
-        self._require_trained()
         name = self._modality(modality)
         background = self.module.modality(name).background
         if background is None:
             raise InvalidArgumentError(
                 f"The modality {name!r} has no ambient background. Give the model one: background='profile'."
             )
+        if not isinstance(background, ProfileBackground):
+            self._require_trained()
         return name, background
 
     def _targets(self, target: Target) -> list[dict[str, int]]:
