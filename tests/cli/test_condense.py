@@ -474,23 +474,39 @@ def test_overwriting_starts_afresh(cellstill, cells, write, here):
     assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
 
-def test_a_stopped_process_leaves_its_training_only(cells, write, here):
-    path = write(cells)
+def training(path, here) -> subprocess.Popen:
+    """A process of the command that has trained an epoch, and would train for hours."""
     program = Path(sys.executable).with_name("cellstill")
     args = ["condense", path, "--label-key", "cell_type", "--max-epochs", "100000", "--out", "out"]
     process = subprocess.Popen([program, *args], cwd=here, stderr=subprocess.PIPE, text=True)
-    kept = here / ".out.checkpoint"
     for _ in range(1200):
-        if (kept / "latent.ckpt").exists() or process.poll() is not None:
+        if (here / ".out.checkpoint" / "latent.ckpt").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     assert process.poll() is None
+    return process
+
+
+def test_a_stopped_process_leaves_its_training_only(cells, write, here):
+    process = training(write(cells), here)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted: nothing was written."
     assert "--resume" in err
-    assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad"]
+    assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_a_killed_process_leaves_is_gone_after_the_next(cellstill, cells, write, here):
+    path = write(cells)
+    process = training(path, here)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(list(here.glob(".partial-*-out"))) == 1
+    args = ["condense", path, "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert cellstill(*args, "--overwrite").exit_code == 0
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
 
 def unlabelled(cells):
