@@ -24,7 +24,7 @@ from sklearn.metrics import f1_score
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
 from cellstill.cli._condensed_model import CondensationSettings
-from cellstill.cli._condensed_run import describe, differences
+from cellstill.cli._condensed_run import describe_settings, other_settings
 from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
 from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
@@ -334,17 +334,17 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert "nothing was written" in stopped.stderr
     kept = here / ".out.checkpoint"
     assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad", "whole"]
-    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+    assert sorted(p.name for p in kept.iterdir()) == ["latent.ckpt", "run.json"]
 
     refused = cellstill(*args, "--out", "out")
     assert refused.exit_code == 1
     assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
     other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
     assert other.exit_code == 1
-    assert "belongs to another run: its training and validation data, or the batch size or seed" in other.stderr
+    assert "belongs to another run: --seed 0 there and --seed 3 here. Resume with what it was started" in other.stderr
     assert "start afresh: --overwrite without --resume" in other.stderr
     assert "goes on from there" not in other.stderr
-    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+    assert sorted(p.name for p in kept.iterdir()) == ["latent.ckpt", "run.json"]
     assert not (here / "out").exists()
 
     assert cellstill(*args, "--out", "out", "--resume").exit_code == 0
@@ -370,7 +370,7 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
     assert stopped.exit_code == 143
     assert "what is done is kept in" in stopped.stderr
     kept = here / ".out.checkpoint"
-    done = ["all_cells-0", "all_cells-1", "herding-0", "run", "scdd-0", "scdd-1"]
+    done = ["all_cells-0", "all_cells-1", "cells", "herding-0", "run", "scdd-0", "scdd-1"]
     assert sorted(p.stem for p in kept.glob("*.json")) == done
     assert not list(kept.glob("*partial*"))
 
@@ -444,12 +444,11 @@ def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monke
     assert [line for line in stopped.stderr.splitlines() if line.startswith("warning: ")] == [f"warning: {warning}"]
 
 
-def test_differences_of_runs_are_said_in_options(cells, here):
-    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+def test_differences_of_runs_are_said_in_options(here):
     settings = CondensationSettings(path=here / "a b.h5ad", label_keys=("cell_type",))
-    first = describe(settings, problem)
-    assert differences(json.loads(json.dumps(first)), first) == []
-    assert differences(first, describe(replace(settings, baselines=("kip",), n_seeds=9), problem)) == []
+    first = describe_settings(settings)
+    assert other_settings(json.loads(json.dumps(first)), first) == []
+    assert other_settings(first, describe_settings(replace(settings, baselines=("kip",), n_seeds=9))) == []
     for changes, words in (
         ({"label_keys": ("a", "b")}, "--label-key cell_type there and --label-key a --label-key b here"),
         ({"n_top_genes": None}, "--n-top-genes 2000 there and --n-top-genes 0 here"),
@@ -460,8 +459,72 @@ def test_differences_of_runs_are_said_in_options(cells, here):
         ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
         ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
     ):
-        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
-    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
+        assert other_settings(first, describe_settings(replace(settings, **changes))) == [words]
+    assert other_settings(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
+
+
+OTHER_SETTINGS = [
+    ("--label-key cell_type", "--label-key condition"),
+    ("no --donor-key", "--donor-key donor"),
+    ("no --layer", "--layer counts"),
+    ("--spc 2", "--spc 3"),
+    ("--counts expected", "--counts rounded"),
+    ("--start centroids", "--start random"),
+    ("--n-top-genes 50", "--n-top-genes 40"),
+    ("--n-top-genes 50", "--n-top-genes 0"),
+    ("no --obsm-key", "--obsm-key X_known"),
+    ("--n-latent 4", "--n-latent 5"),
+    ("--n-hidden 16", "--n-hidden 17"),
+    ("--max-epochs 3", "--max-epochs 4"),
+    ("--generator-steps 20", "--generator-steps 21"),
+    ("--matching-steps 0", "--matching-steps 1"),
+    ("--seed 0", "--seed 1"),
+    ("--accelerator auto", "--accelerator cpu"),
+    ("no --evaluate", "--evaluate"),
+    ("no --evaluator", "--evaluate --evaluator knn"),
+    ("--test-size 0.2", "--evaluate --test-size 0.3"),
+]
+
+
+def test_every_other_setting_is_named_before_anything_is_trained(cellstill, cells, write, here, monkeypatch):
+    cells.layers["counts"], cells.obsm["X_known"] = cells.X.copy(), np.ones((cells.n_obs, 2))
+    cells.obs["donor"] = [f"d{i % 5}" for i in range(cells.n_obs)]
+    given = {"--label-key": "cell_type", "--spc": "2", "--n-top-genes": "50"}
+    given |= dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+
+    def words(options: dict[str, str]) -> list[str]:
+        return [word for pair in options.items() for word in pair if word]
+
+    args = ["condense", write(cells), "--out", "out"]
+    with monkeypatch.context() as patch:
+        # The training of the latent space is done, that of the generator is not.
+        patch.setattr("cellstill.condense.space.fit_generator", lambda *a, **k: sys.exit(143))
+        assert cellstill(*args, *words(given)).exit_code == 143
+    monkeypatch.setattr(SCDD, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    named = set()
+    for there, here_given in OTHER_SETTINGS:
+        *_, option = (word for word in here_given.split() if word.startswith("--"))
+        value = here_given.partition(f"{option} ")[2]
+        more = {"--evaluate": ""} if "--evaluate " in here_given else {}
+        other = cellstill(*args, *words(given | more | {option: value}), "--resume")
+        assert other.exit_code == 1
+        said = f"{there} there and {option} {value}".rstrip() + " here"
+        assert said in other.stderr
+        assert "Resume with what it was started with, or start afresh: --overwrite without --resume." in other.stderr
+        if not more:
+            assert f".out.checkpoint belongs to another run: {said}. Resume" in other.stderr
+        named.add(option)
+    settings = set(describe_settings(CondensationSettings(path=here, label_keys=()))["settings"])
+    assert len(named) == len(settings - {"path"})
+    assert [p.name for p in (here / ".out.checkpoint").glob("*.ckpt")] == ["latent.ckpt"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_was_killed_before_its_first_epoch_is_none(cellstill, cells, write, here):
+    (here / ".out.checkpoint").mkdir()
+    (here / ".out.checkpoint" / "run.json").write_text('{"settings": {}, "version": "0"}')
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert cellstill(*args, "--resume").exit_code == 0
 
 
 @pytest.mark.usefixtures("no_figures")
