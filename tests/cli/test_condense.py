@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -307,7 +308,7 @@ def test_rare_classes_are_kept_and_said(cellstill, cells, write, here):
     found = ad.read_h5ad(here / "out" / "condensed.h5ad").obs["cell_type"].value_counts()
     assert found.to_dict() == {"lonely": 1, "rare": 3, "type_0": 6, "type_1": 6, "type_2": 6}
     assert summary_of(here / "out")["warnings"] == [
-        line.removeprefix("warning: ") for line in result.stderr.splitlines()
+        line.removeprefix("warning: ") for line in result.stderr.splitlines() if not line.startswith("stage: ")
     ]
 
 
@@ -550,6 +551,15 @@ def training(path, here) -> subprocess.Popen:
     return process
 
 
+def stages(log: str) -> list[str]:
+    """What stages of the command a log names, in order, each with its time."""
+    lines = [line for line in log.splitlines() if line.startswith("stage: ")]
+    begun, ended = lines[::2], lines[1::2]
+    for first, last in zip(begun, ended, strict=False):
+        assert re.fullmatch(re.escape(first) + r": \d+\.\d s", last)
+    return [line.removeprefix("stage: ") for line in begun]
+
+
 def test_a_stopped_process_leaves_its_training_only(cells, write, here):
     process = training(write(cells), here)
     process.send_signal(signal.SIGINT)
@@ -557,6 +567,7 @@ def test_a_stopped_process_leaves_its_training_only(cells, write, here):
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted: nothing was written."
     assert "--resume" in err
+    assert [name.split()[0] for name in stages(err)] == ["Loading", "Reading", "Checking", "Training"]
     assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
 
 
@@ -646,7 +657,7 @@ def test_bad_input(cellstill, cells, write, here, case):
     result = cellstill("condense", path, "--label-key", "cell_type", *args)
     assert result.exit_code == 1
     assert result.stdout == ""
-    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("warning: "))
+    (line,) = (line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "stage: ")))
     assert line.startswith("error: ")
     for words in remedy:
         assert words in line
