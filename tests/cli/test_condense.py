@@ -24,11 +24,21 @@ from sklearn.metrics import f1_score
 
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
+from cellstill.cli._condensed_kept import Kept
 from cellstill.cli._condensed_model import CondensationSettings
 from cellstill.cli._condensed_run import describe_settings, other_settings
-from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
+from cellstill.condense import (
+    BASELINES,
+    TRAINED_WITH,
+    Baseline,
+    CondensationProblem,
+    MatchingConfig,
+    evaluate,
+    get_evaluators,
+)
 from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.output import to_anndata
 from cellstill.condense.shared import shared_space
 from cellstill.data.expression import log_expression
 from cellstill.errors import InvalidArgumentError
@@ -229,6 +239,32 @@ def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill,
     assert (first.autoencoder.config.n_latent, first.autoencoder.n_told) == (4, 2)
     weights = first.autoencoder.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in stored.autoencoder.state_dict().items())
+
+
+def test_what_methods_trained_with_is_that_of_the_library(cells, here, monkeypatch):
+    """Ours and two baselines, in whose place real cells are taken."""
+    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+    random = BASELINES["random"].condense
+    for name in ("dc", "dm"):
+        monkeypatch.setitem(BASELINES, name, replace(BASELINES[name], condense=random))
+    names, judges = ("dc", "random", "dm"), ("knn", "cnn", "mlp_small")
+
+    def make(seed):
+        return to_anndata(random(problem, 2, seed), problem.classes, problem.tasks, problem.genes, {})
+
+    how = {"samples_per_class": 2, "evaluators": judges, "seeds": [0]}
+    found, _ = _condensed_evaluation.evaluate_condensed(
+        problem, make, baselines=names, kept=Kept(here), say=lambda words: None, **how
+    )
+    methods = {"scdd": "random", **dict(zip(names, names, strict=True))}
+    of_library = evaluate(problem, methods, trained_with={"scdd": TRAINED_WITH}, progress=False, **how)
+    assert found.trained_with == of_library.trained_with
+    assert found.trained_with["scdd"] == TRAINED_WITH
+    assert found.trained_with["dc"] == ("mlp_small",)
+    assert found.trained_with["random"] == ()
+    gap = "cross_architecture_gap"
+    np.testing.assert_allclose(found.summary()[gap].sort_values(), of_library.summary()[gap].sort_values())
+    assert found.summary()[gap].notna().sum() == 3
 
 
 def test_the_table_shows_as_much_as_the_terminal_has_room_for(cells):
