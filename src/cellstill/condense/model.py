@@ -50,6 +50,10 @@ class SCDD(RegisteredModel):
     generate in one step; codes, one for each synthetic cell, are matched through generator and decoder until what is
     learned from the synthetic cells is right about the real ones; what is kept is chosen on cells set aside.
 
+    The counts of the condensed cells are for any classifier of genes. Their points of the latent space are for
+    classifiers that see :meth:`get_latent_representation` of new cells: these predict best, and need the model. Where
+    cells are to look like real ones, :meth:`generate` makes as many as are wanted.
+
     Parameters
     ----------
     adata
@@ -75,6 +79,7 @@ class SCDD(RegisteredModel):
     >>> model.train()
     >>> tiny = model.condense(samples_per_class=10)
     >>> tiny.write_h5ad("tiny.h5ad")
+    >>> many = model.generate("B cell", n=500)
 
     References
     ----------
