@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from cellstill.condense.baselines import BASELINES
 from cellstill.condense.cells import LabelledCells
-from cellstill.condense.evaluate import Method, evaluate, train_full
+from cellstill.condense.evaluate import Method, evaluate, known_training, train_full
 from cellstill.condense.evaluated import Condensed, Evaluation, FullData
 from cellstill.condense.evaluators import get_evaluators
 from cellstill.condense.generator import GeneratorConfig
@@ -119,8 +119,8 @@ class Store:
                     predictions = {(name, task): np.array(codes) for name, codes in record["predictions"].items()}
                     numbers = [record[key] for key in ("n_cells", "seconds", "added_mb", "n_bytes")]
                     found.append(Condensed(method, size, seed, *numbers, predictions))
-        trained_with = {name: BASELINES[name].trained_with for name in methods if name in BASELINES}
-        trained_with |= dict.fromkeys((*VARIANTS, OUR_POINTS), TRAINED_WITH)
+        ours = dict.fromkeys((*VARIANTS, OUR_POINTS), TRAINED_WITH)
+        trained_with = known_training([*ours, *methods], ours)
         names = tuple(evaluator.name for evaluator in get_evaluators())
         full = self.full(sorted({one.seed for one in found}))
         return Evaluation(self.problem, tuple(found), full, names, trained_with)

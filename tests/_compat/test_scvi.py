@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import anndata as ad
@@ -13,6 +14,7 @@ import scipy.sparse as sp
 from scvi import REGISTRY_KEYS
 
 from cellstill._compat.scvi import RegisteredModel, category_registry, register, registered_categories, setup_args
+from cellstill.errors import InvalidArgumentError
 
 ARGUMENTS = {"batch_key": "tech", "labels_key": "kind", "layer": None}
 
@@ -133,6 +135,51 @@ def test_nothing_is_kept_alive(adata):
 
 
 # Categories.
+
+
+COPY = "adata is a copy, a subset or from the file of data that"
+
+
+def read_again(adata, folder):
+    adata.write_h5ad(folder / "data.h5ad")
+    return ad.read_h5ad(folder / "data.h5ad")
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [lambda data, folder: data.copy(), lambda data, folder: data[:9].copy(), read_again],
+    ids=["copy", "subset", "file"],
+)
+def test_what_is_taken_of_data_is_set_up_again(adata, taken, tmp_path):
+    part = taken(adata, tmp_path)
+    wanted = f"{COPY} are set up, and a set-up does not go along. Call "
+    call = "Model.setup_anndata(adata, batch_key='tech', labels_key='kind')"
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"{wanted}{call} first.")):
+        Model(part)
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"{wanted}adata = adata.copy(), then {call} first.")):
+        Model(part[:5])
+    exec(call, {"Model": Model, "adata": part})
+    assert Model(part).adata_manager.adata is part
+    assert Model(adata).adata_manager.adata is adata
+
+
+def test_a_copy_whose_original_is_gone_is_not_taken_for_data_of_another_model():
+    data = make()
+    Model.setup_anndata(data, "tech", "kind")
+    part = data[:9].copy()
+    del data
+    gc.collect()
+    with pytest.raises(InvalidArgumentError, match=rf"^{COPY} were set up.*Call Model.setup_anndata\(adata, \.\.\.\)"):
+        Model(part)
+
+
+def test_data_of_another_class_say_so(adata):
+    with pytest.raises(
+        InvalidArgumentError, match="^adata is set up for Model, not for Other. Call Other.setup_anndata"
+    ):
+        Other(adata)
+    with pytest.raises(InvalidArgumentError, match="^adata is not set up for Other. Call Other.setup_anndata"):
+        Other(make())
 
 
 def test_categories_that_no_cell_has_get_no_code():

@@ -82,7 +82,7 @@ def test_bad_input(cellstill, cells, write, here, monkeypatch, case):
     result = cellstill("integrate", path, "--batch-key", "batch", *args)
     assert result.exit_code == 1
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "stage: "))]
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     for words in remedy:

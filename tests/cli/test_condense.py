@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,11 +24,21 @@ from sklearn.metrics import f1_score
 
 from cellstill import SCDD
 from cellstill.cli import _condensation, _condensed_evaluation, _condensed_likeness
+from cellstill.cli._condensed_kept import Kept
 from cellstill.cli._condensed_model import CondensationSettings
-from cellstill.cli._condensed_run import describe, differences
-from cellstill.condense import BASELINES, Baseline, CondensationProblem, MatchingConfig, evaluate, get_evaluators
+from cellstill.cli._condensed_run import describe_settings, other_settings
+from cellstill.condense import (
+    BASELINES,
+    TRAINED_WITH,
+    Baseline,
+    CondensationProblem,
+    MatchingConfig,
+    evaluate,
+    get_evaluators,
+)
 from cellstill.condense.baselines import latent as latent_baselines
 from cellstill.condense.cells import LabelledCells
+from cellstill.condense.output import to_anndata
 from cellstill.condense.shared import shared_space
 from cellstill.data.expression import log_expression
 from cellstill.errors import InvalidArgumentError
@@ -230,6 +241,32 @@ def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill,
     assert all(torch.equal(value, weights[name]) for name, value in stored.autoencoder.state_dict().items())
 
 
+def test_what_methods_trained_with_is_that_of_the_library(cells, here, monkeypatch):
+    """Ours and two baselines, in whose place real cells are taken."""
+    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+    random = BASELINES["random"].condense
+    for name in ("dc", "dm"):
+        monkeypatch.setitem(BASELINES, name, replace(BASELINES[name], condense=random))
+    names, judges = ("dc", "random", "dm"), ("knn", "cnn", "mlp_small")
+
+    def make(seed):
+        return to_anndata(random(problem, 2, seed), problem.classes, problem.tasks, problem.genes, {})
+
+    how = {"samples_per_class": 2, "evaluators": judges, "seeds": [0]}
+    found, _ = _condensed_evaluation.evaluate_condensed(
+        problem, make, baselines=names, kept=Kept(here), say=lambda words: None, **how
+    )
+    methods = {"scdd": "random", **dict(zip(names, names, strict=True))}
+    of_library = evaluate(problem, methods, trained_with={"scdd": TRAINED_WITH}, progress=False, **how)
+    assert found.trained_with == of_library.trained_with
+    assert found.trained_with["scdd"] == TRAINED_WITH
+    assert found.trained_with["dc"] == ("mlp_small",)
+    assert found.trained_with["random"] == ()
+    gap = "cross_architecture_gap"
+    np.testing.assert_allclose(found.summary()[gap].sort_values(), of_library.summary()[gap].sort_values())
+    assert found.summary()[gap].notna().sum() == 3
+
+
 def test_the_table_shows_as_much_as_the_terminal_has_room_for(cells):
     problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
     methods = {"scdd": "kmeans_centroids", "random": "random", "kmeans_centroids": "kmeans_pca"}
@@ -307,7 +344,7 @@ def test_rare_classes_are_kept_and_said(cellstill, cells, write, here):
     found = ad.read_h5ad(here / "out" / "condensed.h5ad").obs["cell_type"].value_counts()
     assert found.to_dict() == {"lonely": 1, "rare": 3, "type_0": 6, "type_1": 6, "type_2": 6}
     assert summary_of(here / "out")["warnings"] == [
-        line.removeprefix("warning: ") for line in result.stderr.splitlines()
+        line.removeprefix("warning: ") for line in result.stderr.splitlines() if not line.startswith("stage: ")
     ]
 
 
@@ -334,17 +371,17 @@ def test_an_interrupted_run_goes_on(cellstill, cells, write, here, monkeypatch):
     assert "nothing was written" in stopped.stderr
     kept = here / ".out.checkpoint"
     assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad", "whole"]
-    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+    assert sorted(p.name for p in kept.iterdir()) == ["latent.ckpt", "run.json"]
 
     refused = cellstill(*args, "--out", "out")
     assert refused.exit_code == 1
     assert "Go on with --resume, or start afresh with --overwrite" in refused.stderr
     other = cellstill(*args, "--out", "out", "--resume", "--seed", "3")
     assert other.exit_code == 1
-    assert "belongs to another run: its training and validation data, or the batch size or seed" in other.stderr
+    assert "belongs to another run: --seed 0 there and --seed 3 here. Resume with what it was started" in other.stderr
     assert "start afresh: --overwrite without --resume" in other.stderr
     assert "goes on from there" not in other.stderr
-    assert [p.name for p in kept.iterdir()] == ["latent.ckpt"]
+    assert sorted(p.name for p in kept.iterdir()) == ["latent.ckpt", "run.json"]
     assert not (here / "out").exists()
 
     assert cellstill(*args, "--out", "out", "--resume").exit_code == 0
@@ -370,7 +407,7 @@ def test_an_interrupted_evaluation_goes_on(cellstill, cells, write, here, monkey
     assert stopped.exit_code == 143
     assert "what is done is kept in" in stopped.stderr
     kept = here / ".out.checkpoint"
-    done = ["all_cells-0", "all_cells-1", "herding-0", "run", "scdd-0", "scdd-1"]
+    done = ["all_cells-0", "all_cells-1", "cells", "herding-0", "run", "scdd-0", "scdd-1"]
     assert sorted(p.stem for p in kept.glob("*.json")) == done
     assert not list(kept.glob("*partial*"))
 
@@ -444,12 +481,11 @@ def test_condensed_cells_are_not_made_again(cellstill, cells, write, here, monke
     assert [line for line in stopped.stderr.splitlines() if line.startswith("warning: ")] == [f"warning: {warning}"]
 
 
-def test_differences_of_runs_are_said_in_options(cells, here):
-    problem = CondensationProblem.from_anndata(cells, "cell_type", n_top_genes=None)
+def test_differences_of_runs_are_said_in_options(here):
     settings = CondensationSettings(path=here / "a b.h5ad", label_keys=("cell_type",))
-    first = describe(settings, problem)
-    assert differences(json.loads(json.dumps(first)), first) == []
-    assert differences(first, describe(replace(settings, baselines=("kip",), n_seeds=9), problem)) == []
+    first = describe_settings(settings)
+    assert other_settings(json.loads(json.dumps(first)), first) == []
+    assert other_settings(first, describe_settings(replace(settings, baselines=("kip",), n_seeds=9))) == []
     for changes, words in (
         ({"label_keys": ("a", "b")}, "--label-key cell_type there and --label-key a --label-key b here"),
         ({"n_top_genes": None}, "--n-top-genes 2000 there and --n-top-genes 0 here"),
@@ -460,8 +496,72 @@ def test_differences_of_runs_are_said_in_options(cells, here):
         ({"evaluators": ("knn",)}, "no --evaluator there and --evaluator knn here"),
         ({"path": here / "b.h5ad"}, "FILE 'a b.h5ad' there and FILE b.h5ad here"),
     ):
-        assert differences(first, describe(replace(settings, **changes), problem)) == [words]
-    assert differences(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
+        assert other_settings(first, describe_settings(replace(settings, **changes))) == [words]
+    assert other_settings(first, first | {"version": "9"}) == [f"cellstill {first['version']} there and 9 here"]
+
+
+OTHER_SETTINGS = [
+    ("--label-key cell_type", "--label-key condition"),
+    ("no --donor-key", "--donor-key donor"),
+    ("no --layer", "--layer counts"),
+    ("--spc 2", "--spc 3"),
+    ("--counts expected", "--counts rounded"),
+    ("--start centroids", "--start random"),
+    ("--n-top-genes 50", "--n-top-genes 40"),
+    ("--n-top-genes 50", "--n-top-genes 0"),
+    ("no --obsm-key", "--obsm-key X_known"),
+    ("--n-latent 4", "--n-latent 5"),
+    ("--n-hidden 16", "--n-hidden 17"),
+    ("--max-epochs 3", "--max-epochs 4"),
+    ("--generator-steps 20", "--generator-steps 21"),
+    ("--matching-steps 0", "--matching-steps 1"),
+    ("--seed 0", "--seed 1"),
+    ("--accelerator auto", "--accelerator cpu"),
+    ("no --evaluate", "--evaluate"),
+    ("no --evaluator", "--evaluate --evaluator knn"),
+    ("--test-size 0.2", "--evaluate --test-size 0.3"),
+]
+
+
+def test_every_other_setting_is_named_before_anything_is_trained(cellstill, cells, write, here, monkeypatch):
+    cells.layers["counts"], cells.obsm["X_known"] = cells.X.copy(), np.ones((cells.n_obs, 2))
+    cells.obs["donor"] = [f"d{i % 5}" for i in range(cells.n_obs)]
+    given = {"--label-key": "cell_type", "--spc": "2", "--n-top-genes": "50"}
+    given |= dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+
+    def words(options: dict[str, str]) -> list[str]:
+        return [word for pair in options.items() for word in pair if word]
+
+    args = ["condense", write(cells), "--out", "out"]
+    with monkeypatch.context() as patch:
+        # The training of the latent space is done, that of the generator is not.
+        patch.setattr("cellstill.condense.space.fit_generator", lambda *a, **k: sys.exit(143))
+        assert cellstill(*args, *words(given)).exit_code == 143
+    monkeypatch.setattr(SCDD, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    named = set()
+    for there, here_given in OTHER_SETTINGS:
+        *_, option = (word for word in here_given.split() if word.startswith("--"))
+        value = here_given.partition(f"{option} ")[2]
+        more = {"--evaluate": ""} if "--evaluate " in here_given else {}
+        other = cellstill(*args, *words(given | more | {option: value}), "--resume")
+        assert other.exit_code == 1
+        said = f"{there} there and {option} {value}".rstrip() + " here"
+        assert said in other.stderr
+        assert "Resume with what it was started with, or start afresh: --overwrite without --resume." in other.stderr
+        if not more:
+            assert f".out.checkpoint belongs to another run: {said}. Resume" in other.stderr
+        named.add(option)
+    settings = set(describe_settings(CondensationSettings(path=here, label_keys=()))["settings"])
+    assert len(named) == len(settings - {"path"})
+    assert [p.name for p in (here / ".out.checkpoint").glob("*.ckpt")] == ["latent.ckpt"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_was_killed_before_its_first_epoch_is_none(cellstill, cells, write, here):
+    (here / ".out.checkpoint").mkdir()
+    (here / ".out.checkpoint" / "run.json").write_text('{"settings": {}, "version": "0"}')
+    args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert cellstill(*args, "--resume").exit_code == 0
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -474,23 +574,49 @@ def test_overwriting_starts_afresh(cellstill, cells, write, here):
     assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
 
-def test_a_stopped_process_leaves_its_training_only(cells, write, here):
-    path = write(cells)
+def training(path, here) -> subprocess.Popen:
+    """A process of the command that has trained an epoch, and would train for hours."""
     program = Path(sys.executable).with_name("cellstill")
     args = ["condense", path, "--label-key", "cell_type", "--max-epochs", "100000", "--out", "out"]
     process = subprocess.Popen([program, *args], cwd=here, stderr=subprocess.PIPE, text=True)
-    kept = here / ".out.checkpoint"
     for _ in range(1200):
-        if (kept / "latent.ckpt").exists() or process.poll() is not None:
+        if (here / ".out.checkpoint" / "latent.ckpt").exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     assert process.poll() is None
+    return process
+
+
+def stages(log: str) -> list[str]:
+    """What stages of the command a log names, in order, each with its time."""
+    lines = [line for line in log.splitlines() if line.startswith("stage: ")]
+    begun, ended = lines[::2], lines[1::2]
+    for first, last in zip(begun, ended, strict=False):
+        assert re.fullmatch(re.escape(first) + r": \d+\.\d s", last)
+    return [line.removeprefix("stage: ") for line in begun]
+
+
+def test_a_stopped_process_leaves_its_training_only(cells, write, here):
+    process = training(write(cells), here)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "interrupted: nothing was written."
     assert "--resume" in err
-    assert sorted(p.name for p in here.iterdir()) == [kept.name, "in.h5ad"]
+    assert [name.split()[0] for name in stages(err)] == ["Loading", "Reading", "Checking", "Training"]
+    assert sorted(p.name for p in here.iterdir()) == [".out.checkpoint", "in.h5ad"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_a_killed_process_leaves_is_gone_after_the_next(cellstill, cells, write, here):
+    path = write(cells)
+    process = training(path, here)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(list(here.glob(".partial-*-out"))) == 1
+    args = ["condense", path, "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
+    assert cellstill(*args, "--overwrite").exit_code == 0
+    assert sorted(p.name for p in here.iterdir()) == ["in.h5ad", "out"]
 
 
 def unlabelled(cells):
@@ -567,7 +693,7 @@ def test_bad_input(cellstill, cells, write, here, case):
     result = cellstill("condense", path, "--label-key", "cell_type", *args)
     assert result.exit_code == 1
     assert result.stdout == ""
-    (line,) = (line for line in result.stderr.splitlines() if not line.startswith("warning: "))
+    (line,) = (line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "stage: ")))
     assert line.startswith("error: ")
     for words in remedy:
         assert words in line

@@ -262,7 +262,7 @@ def test_bad_input(cellstill, cells, write, here, case):
     result = cellstill("de", path, *COMPARED, *args)
     assert result.exit_code == 1
     assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "  "))]
+    said = [line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "stage: ", "  "))]
     assert len(said) == 1
     assert said[0].startswith("error: ")
     for words in remedy:

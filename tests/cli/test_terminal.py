@@ -136,16 +136,31 @@ def test_stages_are_timed():
     assert 0.04 <= seconds["sleep"] < 1
 
 
-@pytest.mark.parametrize("force_terminal", [True, False], ids=["terminal", "pipe"])
-def test_a_stage_says_how_far_it_is_where_somebody_watches(force_terminal):
+def walk(force_terminal: bool, *steps: float) -> str:
+    """What is shown of a stage that says how far it is after so many seconds each."""
     err = Console(file=io.StringIO(), force_terminal=force_terminal, width=80)
     term = Terminal(Console(file=io.StringIO()), err)
     with term.stage("walk", "Walking") as say:
-        say("2 of 3")
+        for number, seconds in enumerate(steps):
+            time.sleep(seconds)
+            say(f"{number + 1} of 9")
         time.sleep(0.2)
-    shown = err.file.getvalue()
-    assert ("Walking: 2 of 3" in shown) == force_terminal
-    assert ("✓ Walking" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)) == force_terminal
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", err.file.getvalue())
+
+
+def test_a_stage_says_how_far_it_is_where_somebody_watches():
+    shown = walk(True, 0, 0)
+    assert "Walking: 2 of 9" in shown
+    assert re.search(r"✓ Walking 0\.\d s\n$", shown)
+
+
+def test_a_log_has_lines_of_each_stage_with_its_time(monkeypatch):
+    monkeypatch.setattr("cellstill.cli._terminal._SECONDS_PER_LINE", 0.5)
+    begun, *told, ended = walk(False, 0, 0, 0.6, 0, 0.6).splitlines()
+    assert begun == "stage: Walking"
+    assert [line.split(",")[0] for line in told] == ["stage: Walking: 3 of 9", "stage: Walking: 5 of 9"]
+    assert told[-1].endswith(", after 1 s")
+    assert re.fullmatch(r"stage: Walking: 1\.[4-9] s", ended)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -247,13 +247,13 @@ def test_generated_cells_are_like_real_ones_of_their_class(trained):
         control = np.corrcoef(own.mean(axis=0), real.mean(axis=0))[0, 1]
         assert np.corrcoef(counts.mean(axis=0), real.mean(axis=0))[0, 1] > control - 0.01
         # Of the cells that were learned from: how far new cells spread is the encoder's, not the generator's.
-        z = model._space.encode(model.problem.train[model.problem.train.of_class(code)]).numpy()
-        seen = model._space.generator(
+        z = model.space.encode(model.problem.train[model.problem.train.of_class(code)]).numpy()
+        seen = model.space.generator(
             torch.from_numpy(made.obsm["X_scdd"]), torch.full((400,), code, dtype=torch.int64)
         ).numpy()
         assert 0.7 < np.median(seen.var(axis=0) / z.var(axis=0)) < 1.3
         assert 0.7 < np.median(made.obsm["X_scdd_latent"].var(axis=0) / z.var(axis=0)) < 1.3
-        assert (model._space.autoencoder.classify(torch.from_numpy(seen)).argmax(dim=1) == code).float().mean() > 0.97
+        assert (model.space.autoencoder.classify(torch.from_numpy(seen)).argmax(dim=1) == code).float().mean() > 0.97
 
 
 def test_number_and_seed_of_generated_cells(trained):
@@ -317,7 +317,7 @@ def test_an_embedding_teaches(trained, form):
     model.adata.obsm["X_told"] = Encoder().get_latent_representation(model.adata)
     model.latent = "X_told" if form == "key" else Encoder()
     model.train(progress=False)
-    assert model._space.autoencoder.n_told == 3
+    assert model.space.autoencoder.n_told == 3
     assert "train_knowledge" in model.history_["latent"]
     found = model.condense(1, counts="expected", start="random", matching=MatchingConfig(n_steps=0))
     assert provenance_of(found)["latent"] == ("X_told" if form == "key" else "Encoder")

@@ -291,16 +291,36 @@ def test_steps_are_told_as_they_are_recorded():
     pd.testing.assert_frame_equal(pd.DataFrame([terms for _, terms in told]), history, check_names=False)
 
 
-def test_what_is_not_finite_is_an_error_that_names_the_step_and_the_term():
+@pytest.mark.parametrize("n_steps", [3, 200], ids=["the last step", "any step"])
+@pytest.mark.parametrize("where", ["term", "gradient"])
+def test_what_is_not_finite_is_an_error_that_names_the_step_and_the_term(where, n_steps):
     decoder, calls = Linear(), []
 
     def decode(codes, label):
         calls.append(1)
         z, expected = decoder.decode(codes, label)
-        return z, expected * (torch.nan if len(calls) == 3 else 1)
+        if len(calls) == 3 and where == "term":
+            expected = expected * torch.nan
+        if len(calls) == 3 and where == "gradient":
+            # At 0 the root is 0 and its slope infinite.
+            expected = expected + (codes - codes.detach()).abs().sum().sqrt()
+        return z, expected
 
-    with pytest.raises(TrainingError, match=r"not finite in step 2: \{'outcome': nan.*smaller lr"):
-        match_codes(torch.ones(3, 4), torch.arange(3), real_cells(), 3, decode, decoder.classify, MatchingConfig())
+    number = r"-?\d+\.?\d*(e[-+]\d+)?"
+    told = {
+        "term": rf"term 'outcome' of the matching is not finite in step 2, where outcome is nan, class is {number}",
+        "gradient": rf"gradient of the codes of the matching is not finite in step 2, where outcome is {number}, class",
+    }[where]
+    with pytest.raises(TrainingError, match=rf"^The {told}.*smaller lr"):
+        match_codes(
+            torch.ones(3, 4),
+            torch.arange(3),
+            real_cells(),
+            3,
+            decode,
+            decoder.classify,
+            MatchingConfig(n_steps=n_steps),
+        )
 
 
 def test_rare_classes_are_drawn_with_repeats(monkeypatch):

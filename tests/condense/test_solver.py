@@ -37,7 +37,7 @@ def problem(trained):
 
 @pytest.fixture(scope="module")
 def space(trained):
-    return trained.model._space
+    return trained.model.space
 
 
 @pytest.fixture(scope="module")

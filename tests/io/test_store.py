@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import zarr
 
 from cellstill.errors import InvalidArgumentError, StoreError
 from cellstill.io.arrays import output_array
+from cellstill.io.files import atomic_file
 from cellstill.io.store import array_to_names, atomic_directory, load_store, names_to_array, save_store
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T, "codes": np.array([3, 1], dtype=np.int64)}
@@ -62,11 +62,12 @@ def test_an_error_leaves_nothing_new_and_everything_old(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_killed_process_leaves_no_output_under_the_name(tmp_path):
+def writing(path) -> subprocess.Popen:
+    """A process that has begun to write a folder, and waits."""
     script = f"""
         import time
         from cellstill.io.store import atomic_directory
-        with atomic_directory({str(tmp_path / "out")!r}) as folder:
+        with atomic_directory({str(path)!r}) as folder:
             (folder / "half.txt").write_text("half")
             print("writing", flush=True)
             time.sleep(60)
@@ -74,11 +75,73 @@ def test_a_killed_process_leaves_no_output_under_the_name(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"writing\n"
+    process.stdout.close()
+    return process
+
+
+def killed(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait(10)
-    process.stdout.close()
-    time.sleep(0.05)
+
+
+def test_a_killed_process_leaves_no_output_under_the_name(tmp_path):
+    killed(writing(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_and_nothing_else_does(tmp_path):
+    process = writing(tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    killed(process)
+    other = writing(tmp_path / "another-out")
+    killed(other)
+    (of_another_path,) = set(tmp_path.iterdir()) - {left}
+    living = writing(tmp_path / "out")
+    try:
+        (of_the_living,) = set(tmp_path.iterdir()) - {left, of_another_path}
+        machine, pid, token = left.name.removeprefix(".partial-").split("-")[:3]
+        elsewhere = "0" * 8 if machine != "0" * 8 else "1" * 8
+        kept = [
+            f".partial-{elsewhere}-{pid}-{token}-out",
+            f".partial-{token}-out",
+            f".out.partial-{token}",
+            f".partial-{machine}-{pid}-{token}-out-2",
+            f".partial-{machine}-{pid}-{token}-0-out",
+            f".partial-{machine}-{pid}-{token}",
+        ]
+        for name in kept:
+            (tmp_path / name).mkdir()
+        link = tmp_path / f".partial-{machine}-{pid}-{'a' * 8}-out"
+        link.symlink_to(of_another_path)
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "whole.txt").write_text("whole")
+            (inner,) = {path.name for path in tmp_path.iterdir()} - {*kept, of_another_path.name, of_the_living.name}
+            assert inner == folder.name
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *kept,
+            "out",
+            of_another_path.name,
+            of_the_living.name,
+        }
+        assert os.listdir(of_another_path) == os.listdir(of_the_living) == ["half.txt"]
+    finally:
+        killed(living)
+
+
+def test_half_a_file_of_a_killed_process_goes_too(tmp_path):
+    script = f"""
+        import os, signal
+        from cellstill.io.files import atomic_file
+        with atomic_file({str(tmp_path / "table.csv.gz")!r}) as partial:
+            assert partial.name.endswith(".csv.gz")
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert len(os.listdir(tmp_path)) == 1
+    with atomic_file(tmp_path / "table.csv.gz") as partial:
+        partial.write_text("whole")
+    assert os.listdir(tmp_path) == ["table.csv.gz"]
 
 
 def test_what_cannot_be_read_is_explained(tmp_path):

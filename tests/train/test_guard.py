@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -193,13 +195,26 @@ def test_validation_cells_are_named_as_such(new_line, data, loaders):
     )
 
 
+@pytest.mark.usefixtures("_checks")
 def test_a_term_alone_is_enough(new_line, data, loaders):
+    """The total is finite, and nothing that is said has it otherwise; the cells are those of the term."""
+
     class Term(new_line):
         def loss(self, batch):
             loss = super().loss(batch)
-            return Loss(loss.mean(), loss.detach(), len(loss), {"odd": torch.tensor(torch.nan)})
+            return Loss(loss.mean(), loss.detach(), len(loss), {"odd": batch["odd"].sum(), "even": loss.detach().sum()})
 
-    assert "(term 'odd') in epoch 0, batch 0 of train" in message(Term(), *loaders(data), max_epochs=1)
+    data["odd"] = np.zeros(200)
+    data["odd"][[17, 160]] = np.nan
+    said = message(Term(), *loaders(data), max_epochs=1)
+    found = re.fullmatch(
+        rf"train_loss is ([\d.]+), but its term 'odd' is not finite, in epoch 0, batch {where_is(17, 0)} of train, "
+        r"because of its cells 17\. .*",
+        said,
+    )
+    assert found is not None, said
+    data["odd"][17] = 0
+    assert message(Term(), *loaders(data), max_epochs=1).startswith("validation_loss is ")
 
 
 def test_a_failure_that_does_not_come_back_is_reported_as_such(data, loaders):

@@ -166,7 +166,7 @@ def test_a_manager_belongs_to_its_data_and_class(model, kind):
     assert kind(model.adata, n_hidden=8, n_latent=2, ambient_rate=0.1).adata_manager.adata is model.adata
     other = data_of(kind)
     assert model.get_anndata_manager(other) is None
-    with pytest.raises(ValueError, match="set up your AnnData with"):
+    with pytest.raises(ValueError, match=rf"is not set up for {kind.__name__}. Call {kind.__name__}.setup_"):
         new(kind, other)
     codes = model.adata_manager.transfer_fields(other).get_from_registry("batch").ravel()
     np.testing.assert_array_equal(codes, model.data_registry("batch").ravel())

@@ -29,6 +29,7 @@ from scvi.model.base import BaseMinifiedModeModelClass, BaseModelClass
 from scvi.model.base._base_model import BaseModelMetaClass
 
 from cellstill._compat.pandas import categories_in_order
+from cellstill.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,8 +59,17 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
     @classmethod
     def register_manager(cls, adata_manager: AnnDataManager) -> None:
         """Register a manager for as long as its AnnData lives."""
-        adata_manager.adata.__dict__.setdefault("_cellstill_managers", {})[cls.__name__] = adata_manager
+        _managers(adata_manager.adata)[cls.__name__] = adata_manager
         super().register_manager(adata_manager)
+
+    @classmethod
+    def _get_most_recent_anndata_manager(cls, adata: AnnData | MuData, required: bool = False) -> AnnDataManager | None:
+        """Find the set-up of data, which they hold: copies share the number by which scvi-tools knows them."""
+        manager = _managers(adata).get(cls.__name__)
+        if manager is None and required:
+            of_original = cls._setup_adata_manager_store.get(adata.uns.get(_SCVI_UUID_KEY))
+            raise InvalidArgumentError(_not_set_up(cls, adata, of_original))
+        return manager
 
     @classmethod
     def view_setup_args(cls, dir_path: str | os.PathLike[str], **settings: Any) -> None:
@@ -67,6 +77,41 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
         # That of scvi-tools calls its own load_registry, which looks for a pickle.
         AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, **settings))
 
+
+def _managers(data: AnnData | MuData) -> dict[str, AnnDataManager]:
+    """What data are set up for, by class; not what data are set up for of which they are a shallow copy."""
+    found: dict[str, AnnDataManager] = data.__dict__.setdefault(_MANAGERS, {})
+    if any(manager.adata is not data for manager in found.values()):
+        found = data.__dict__[_MANAGERS] = {}
+    return found
+
+
+_MANAGERS = "_cellstill_managers"
+
+
+def _not_set_up(cls: type[RegisteredModel], data: AnnData | MuData, of_original: AnnDataManager | None) -> str:
+    """Say why data have no set-up: scvi-tools takes a copy whose original is gone for data of another model."""
+    argument, mudata = ("mdata", True) if hasattr(data, "mod") else ("adata", False)
+    others, given = list(_managers(data)), "..."
+    if of_original is not None:
+        found = "is a copy, a subset or from the file of data that are set up, and a set-up does not go along"
+        stated = {name: value for name, value in setup_args(of_original._registry).items() if value not in _UNSTATED}
+        given = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+    elif others:
+        found = f"is set up for {' and '.join(others)}, not for {cls.__name__}"
+    elif _SCVI_UUID_KEY in data.uns:
+        found = (
+            "is a copy, a subset or from the file of data that were set up, and a set-up does not go along; or it is "
+            f"set up for a model of another class than {cls.__name__}"
+        )
+    else:
+        found = f"is not set up for {cls.__name__}"
+    copied = f"{argument} = {argument}.copy(), then " if data.is_view else ""
+    return f"{argument} {found}. Call {copied}{cls.__name__}.{_method_name(mudata=mudata)}({argument}, {given}) first."
+
+
+_UNSTATED: tuple[Any, ...] = (None, False, [], {})
+"""Arguments of a set-up that say nothing."""
 
 _RECORD = "cellstill_record"
 

@@ -86,6 +86,8 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
             from cellstill.cli import _condensed_likeness as likeness
             from cellstill.cli._condensed_kept import Kept
             from cellstill.condense.capped import warn_about_capped_classes
+        kept = Kept(checkpoint)
+        kept.check_settings(settings)
         with term.stage("read", f"Reading {settings.path.name}: {stored.shape[0]:,} cells x {stored.shape[1]:,} genes"):
             adata, layer = read_counts(stored, settings.layer, [settings.obsm_key] if settings.obsm_key else [])
             adata = only_needed(adata, layer, settings)
@@ -112,7 +114,7 @@ def condense_file(settings: CondensationSettings, folder: Path, checkpoint: Path
     warn_about_capped_classes(problem, settings.samples_per_class)
     make, evaluation = maker(model, settings), None
     judged = with_test_cells(model, adata, rest, test, layer, settings) if settings.evaluate else problem
-    kept = Kept.of_run(checkpoint, settings, judged)
+    kept.check_cells(judged)
     if settings.evaluate:
         with term.stage("evaluate", "Condensing and judging") as say:
             evaluation, condensed = judging.evaluate_condensed(

@@ -12,6 +12,7 @@ import pandas as pd
 from cellstill.cli._condensed_kept import Kept
 from cellstill.condense import (
     BASELINES,
+    TRAINED_WITH,
     CondensationProblem,
     Evaluation,
     FullData,
@@ -19,8 +20,7 @@ from cellstill.condense import (
     evaluate,
     get_evaluators,
 )
-from cellstill.condense.choice import JUDGES
-from cellstill.condense.evaluate import Method, check_tasks, train_full
+from cellstill.condense.evaluate import Method, check_tasks, known_training, train_full
 from cellstill.condense.evaluated import Condensed
 from cellstill.condense.problem import _warn_about_small_classes, read_labels
 from cellstill.condense.splits import split_classes
@@ -151,7 +151,7 @@ def evaluate_condensed(
     methods = {OURS: ours, **{name: BASELINES[name].condense for name in baselines}}
     runs = [(name, method, seed) for name, method in methods.items() for seed in seeds]
     found = [kept.result(name, seed, partial(judge, name, method, seed)) for name, method, seed in runs]
-    trained_with = {OURS: JUDGES, **{name: BASELINES[name].trained_with for name in baselines}}
+    trained_with = known_training(methods, {OURS: TRAINED_WITH})
     evaluation = Evaluation(problem, tuple(found), full, names, trained_with)
     return evaluation, kept.cells(lambda: make(seeds[0]))
 

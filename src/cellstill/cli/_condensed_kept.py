@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellstill.cli._condensed_model import CondensationSettings
-from cellstill.cli._condensed_run import describe, differences
+from cellstill.cli._condensed_run import describe_cells, describe_settings, other_cells, other_settings
 from cellstill.condense import CondensationProblem
 from cellstill.condense.evaluated import Condensed
 from cellstill.errors import OtherRunError, StoreError
@@ -33,23 +33,37 @@ class Kept:
 
     folder: Path
 
-    @classmethod
-    def of_run(cls, folder: Path, settings: CondensationSettings, problem: CondensationProblem) -> Kept:
-        """Open a folder for a run, or go on with what is there of it.
+    def check_settings(self, settings: CondensationSettings) -> None:
+        """Keep the settings of a run, or compare them with those that are kept.
 
         Raises
         ------
         OtherRunError
-            The folder holds results of other settings, cells, names or version; the message says what differs.
+            The folder is of other settings, or another version; the message says what differs.
         """
-        run = describe(settings, problem)
-        kept = cls(folder)
-        if different := differences(kept._record("run", lambda: run), run):
+        self._check("run", describe_settings(settings), other_settings)
+
+    def check_cells(self, problem: CondensationProblem) -> None:
+        """Keep what tells the cells of a run from others, or compare it with what is kept.
+
+        Raises
+        ------
+        OtherRunError
+            The folder is of other cells or names; the message says what differs.
+        """
+        self._check("cells", describe_cells(problem), other_cells)
+
+    def _check(
+        self,
+        name: str,
+        here: dict[str, Any],
+        differences: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]],
+    ) -> None:
+        if different := differences(self._record(name, lambda: here), here):
             raise OtherRunError(
-                f"{folder} belongs to another run: {', '.join(different)}. Resume with what it was started with, or "
-                "start afresh: --overwrite without --resume."
+                f"{self.folder} belongs to another run: {', '.join(different)}. Resume with what it was started with, "
+                "or start afresh: --overwrite without --resume."
             )
-        return kept
 
     def predictions(
         self, name: str, compute: Callable[[], Mapping[tuple[str, int, str], np.ndarray]]

@@ -20,34 +20,42 @@ _OPTIONS = {"path": "FILE", "label_keys": "--label-key", "samples_per_class": "-
 """Where the option of a setting is not its name."""
 
 
-def describe(settings: CondensationSettings, problem: CondensationProblem) -> dict[str, Any]:
-    """Return what results depend on, in a form that JSON can hold: settings, cells, names and version.
-
-    Parameters
-    ----------
-    settings
-        What was asked for.
-    problem
-        All cells, the test cells among them if there are any.
-    """
+def describe_settings(settings: CondensationSettings) -> dict[str, Any]:
+    """Return settings that results depend on, and the version, in a form that JSON can hold."""
     plain = {name: value for name, value in settings.to_dict().items() if name not in _FREE}
     return {
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()},
-        "cells": problem.fingerprint(),
-        "genes": hashlib.blake2b("\0".join(problem.genes.tolist()).encode(), digest_size=16).hexdigest(),
-        "classes": list(problem.classes),
-        "categories": {task.key: list(task.names) for task in problem.tasks},
         "version": cellstill.__version__,
     }
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Say how a run differs from the one that is kept there; nothing if it is the same."""
+def describe_cells(problem: CondensationProblem) -> dict[str, Any]:
+    """Return what tells cells and names from others, in a form that JSON can hold.
+
+    Parameters
+    ----------
+    problem
+        All cells, the test cells among them if there are any.
+    """
+    return {
+        "cells": problem.fingerprint(),
+        "genes": hashlib.blake2b("\0".join(problem.genes.tolist()).encode(), digest_size=16).hexdigest(),
+        "classes": list(problem.classes),
+        "categories": {task.key: list(task.names) for task in problem.tasks},
+    }
+
+
+def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say how the settings of a run, described before, differ from those that are kept there; nothing if none do."""
     if there.get("version") != here["version"]:
         return [f"cellstill {there.get('version', 'of another version')} there and {here['version']} here"]
     known, given = there["settings"], here["settings"]
-    if found := [name for name, value in given.items() if known.get(name) != value]:
-        return [f"{_flag(name, known.get(name))} there and {_flag(name, given[name])} here" for name in found]
+    found = [name for name, value in given.items() if known.get(name) != value]
+    return [f"{_flag(name, known.get(name))} there and {_flag(name, given[name])} here" for name in found]
+
+
+def other_cells(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say how the cells of a run, described before, differ from those that are kept there; nothing if none do."""
     said = [_renamed(key, there["categories"][key], names) for key, names in here["categories"].items()]
     said = [words for words in said if words]
     if there["genes"] != here["genes"]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NOISY = ("anndata", "harmonypy", "lightning", "lightning.fabric", "lightning.pytorch", "numba", "scanpy", "scvi")
 _PIPE_WIDTH = 110
+_SECONDS_PER_LINE = 30
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _USAGE = (typer.BadParameter, typer.Exit, typer.Abort)
 
@@ -52,9 +53,10 @@ class Terminal:
 
     @contextmanager
     def stage(self, name: str, doing: str) -> Iterator[Callable[[str], None]]:
-        """Time a stage; in a terminal, show that it runs and how long it took.
+        """Time a stage, and show that it runs and how long it took: where nobody watches, in lines that a log keeps.
 
-        What it gives is a function that says how far the stage has come; only the last words are seen.
+        What it gives is a function that says how far the stage has come. In a terminal only the last words are seen, in
+        a log those of each half minute.
         """
         started = time.perf_counter()
         if self.err.is_terminal:
@@ -67,8 +69,22 @@ class Terminal:
                 yield lambda words: progress.update(task, description=f"{doing}: {words}")
             self.err.print(f"[green]✓[/] {doing} [dim]{time.perf_counter() - started:.1f} s[/]", highlight=False)
         else:
-            yield lambda words: None
+            self.line("stage", doing, "dim")
+            yield self._told_now_and_then(doing)
+            self.line("stage", f"{doing}: {time.perf_counter() - started:.1f} s", "dim")
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _told_now_and_then(self, doing: str) -> Callable[[str], None]:
+        started = told = time.perf_counter()
+
+        def say(words: str) -> None:
+            nonlocal told
+            now = time.perf_counter()
+            if now - told >= _SECONDS_PER_LINE:
+                told = now
+                self.line("stage", f"{doing}: {words}, after {now - started:.0f} s", "dim")
+
+        return say
 
     def line(self, kind: str, message: str, style: str) -> None:
         """Write ``kind: message`` to stderr; further lines of the message, such as a table, are indented."""

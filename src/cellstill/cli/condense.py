@@ -285,17 +285,15 @@ def print_result(result: Condensation, folder: Path, term: Terminal) -> None:
 
 
 def _check_interrupted(checkpoint: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to start afresh beside an interrupted run, unless it is to be replaced."""
+    """Refuse to start afresh beside an interrupted run, unless it is to be replaced; what holds none is removed."""
     from cellstill.errors import StoreError
 
-    if resume or not checkpoint.exists():
-        return
-    if overwrite or not _holds_a_run(checkpoint):
-        shutil.rmtree(checkpoint)
-        return
-    raise StoreError(
-        f"{checkpoint} holds a run that was interrupted. Go on with --resume, or start afresh with --overwrite."
-    )
+    if not _holds_a_run(checkpoint) or (overwrite and not resume):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    elif not resume:
+        raise StoreError(
+            f"{checkpoint} holds a run that was interrupted. Go on with --resume, or start afresh with --overwrite."
+        )
 
 
 def _holds_a_run(checkpoint: Path) -> bool:

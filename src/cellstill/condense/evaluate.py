@@ -93,7 +93,7 @@ def evaluate(
     if isinstance(seeds, Integral):
         raise InvalidArgumentError(f"seeds={seeds} may be one seed or so many. Give seeds=[{seeds}] or range({seeds}).")
     budgets, repeats = _distinct("samples_per_class", samples_per_class, least=1), _distinct("seeds", seeds, least=0)
-    gaps = _gaps(named, trained_with or {})
+    seen = known_training(named, trained_with or {})
     if full is not None and not full.belongs_to(problem):
         raise InvalidArgumentError("full holds predictions of another problem: its cells, labels or split differ.")
     n_steps = len(judges) * len(repeats) * (1 + len(named) * len(budgets))
@@ -106,7 +106,7 @@ def evaluate(
                     condensed.append(_condense(problem, name, method, size, seed, judges, advance))
         # Last, because a method that fails should do so before this, which takes longest.
         full = train_full(problem, judges, repeats, full, advance)
-    return Evaluation(problem, tuple(condensed), full, tuple(judge.name for judge in judges), gaps)
+    return Evaluation(problem, tuple(condensed), full, tuple(judge.name for judge in judges), seen)
 
 
 def train_full(
@@ -127,6 +127,23 @@ def train_full(
                     predictions[key] = predict_test(problem, problem.train, task, evaluator, seed)
             advance(f"all cells, {evaluator.name}", 1)
     return FullData(problem, predictions)
+
+
+def known_training(methods: Collection[str], stated: Mapping[str, str | Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Evaluators whose architecture methods trained with: as stated, and as the registry has it of baselines.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``stated`` names none of the methods, or an unknown evaluator.
+    """
+    for name in stated:
+        check_option("trained_with", name, methods)
+    known = {name: BASELINES[name].trained_with for name in methods if name in BASELINES}
+    return {
+        name: tuple(judge.name for judge in get_evaluators(names, "trained_with")) if names else ()
+        for name, names in {**known, **stated}.items()
+    }
 
 
 def predict_test(
@@ -203,17 +220,6 @@ def _methods(methods: str | Iterable[str] | Mapping[str, Method | str]) -> dict[
             )
         found[name] = method
     return found
-
-
-def _gaps(methods: Collection[str], trained_with: Mapping[str, str | Collection[str]]) -> dict[str, tuple[str, ...]]:
-    """Evaluators whose architecture each method trained with, as far as that is known."""
-    for name in trained_with:
-        check_option("trained_with", name, methods)
-    known = {name: BASELINES[name].trained_with for name in methods if name in BASELINES}
-    return {
-        name: tuple(judge.name for judge in get_evaluators(names, "trained_with")) if names else ()
-        for name, names in {**known, **trained_with}.items()
-    }
 
 
 def _distinct(argument: str, values: int | Iterable[int], *, least: int) -> list[int]:

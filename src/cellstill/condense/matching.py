@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from cellstill.condense.pool import WIDTHS, draw_probe, train_probe
 from cellstill.condense.settings import keep_checked
 from cellstill.data.expression import TARGET_SUM
 from cellstill.errors import InvalidArgumentError, TrainingError, above_zero, at_least_zero, whole_number
+from cellstill.train.fault import listed
 
 Decode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """From codes and classes to z and to expected log expression."""
@@ -115,7 +117,7 @@ def match_codes(
     Raises
     ------
     TrainingError
-        A term is not finite.
+        A term, or the gradient of the codes, is not finite.
     """
     expression, device = train.expression(), codes.device
     of_class = [train.of_class(code) for code in range(n_classes)]
@@ -150,17 +152,26 @@ def match_codes(
             terms["shell"] = (matched.norm(dim=1) / matched.shape[1] ** 0.5 - 1).square().mean()
             total = torch.stack([getattr(config, f"{name}_weight") * term for name, term in terms.items()]).sum()
             found = {name: float(term.detach()) for name, term in terms.items()}
-            if not np.isfinite(list(found.values())).all():
-                raise TrainingError(f"Matching is not finite in step {step}: {found}. Use a smaller lr.")
-            history.append(found)
             optimiser.zero_grad(set_to_none=True)
             total.backward(inputs=[matched])
+            _check_finite(step, found, matched.grad)
+            history.append(found)
             optimiser.step()
             if step + 1 in snapshots or step + 1 == config.n_steps:
                 kept[step + 1] = matched.detach().clone()
             if on_step is not None:
                 on_step(step, found)
     return kept, pd.DataFrame(history).rename_axis(index="step")
+
+
+def _check_finite(step: int, terms: Mapping[str, float], gradient: torch.Tensor | None) -> None:
+    """Stop before a step that would spoil the codes."""
+    wrong = [name for name, value in terms.items() if not math.isfinite(value)]
+    told = ", ".join(f"{name} is {value:g}" for name, value in terms.items())
+    if not wrong and (gradient is None or bool(gradient.isfinite().all())):
+        return
+    what = f"term {listed(wrong)}" if wrong else "gradient of the codes"
+    raise TrainingError(f"The {what} of the matching is not finite in step {step}, where {told}. Use a smaller lr.")
 
 
 def as_seen(expected: torch.Tensor) -> torch.Tensor:

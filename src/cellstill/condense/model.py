@@ -17,24 +17,24 @@ from cellstill._compat.scvi import RegisteredModel, category_registry, register,
 from cellstill.condense.capped import warn_about_capped_classes
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.counts import FORMS, CountsForm, Rendering
+from cellstill.condense.fitted import Fitted
 from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
-from cellstill.condense.problem import CondensationProblem, Task, read_labels
+from cellstill.condense.problem import CondensationProblem, read_labels
 from cellstill.condense.progress import showing_steps
 from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
-from cellstill.condense.stored import restore_space, space_config, space_tensors
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.selection import cell_positions
 from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option, whole_number
 from cellstill.foundation import FoundationEncoder, embed
-from cellstill.io.store import array_to_names, load_store, names_to_array, save_store
+from cellstill.io.store import load_store, save_store
 from cellstill.train.progress import OnEpoch
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class SCDD(RegisteredModel):
     A supervised autoencoder with a count decoder gives a latent space; a conditional diffusion model of it is tuned to
     generate in one step; codes, one for each synthetic cell, are matched through generator and decoder until what is
     learned from the synthetic cells is right about the real ones; what is kept is chosen on cells set aside.
+
+    The counts of the condensed cells are for any classifier of genes. Their points of the latent space are for
+    classifiers that see :meth:`get_latent_representation` of new cells: these predict best, and need the model. Where
+    cells are to look like real ones, :meth:`generate` makes as many as are wanted.
 
     Parameters
     ----------
@@ -75,6 +79,7 @@ class SCDD(RegisteredModel):
     >>> model.train()
     >>> tiny = model.condense(samples_per_class=10)
     >>> tiny.write_h5ad("tiny.h5ad")
+    >>> many = model.generate("B cell", n=500)
 
     References
     ----------
@@ -109,10 +114,8 @@ class SCDD(RegisteredModel):
         self.seed = int(seed)
         self.history_: dict[str, pd.DataFrame] = {}
         self._setup = setup_args(self.registry)
-        self._space: Space | None = None
+        self._fit_result: Fitted | None = None
         self._problem: CondensationProblem | None = None
-        self._split: tuple[dict[str, np.ndarray], str] | None = None
-        self._names: tuple[tuple[str, ...], tuple[Task, ...], np.ndarray] | None = None
         self._model_summary_string = f"SCDD of the labels {self._setup['labels_key']!r}"
 
     @classmethod
@@ -178,17 +181,17 @@ class SCDD(RegisteredModel):
     @property
     def space(self) -> Space:
         """Trained latent space and generator."""
-        return self._require_space()
+        return self._fitted().space
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their codes."""
-        return self._known()[0]
+        return self._fitted().classes
 
     @property
     def gene_names(self) -> np.ndarray:
         """Genes of synthetic cells, shape ``(n_vars,)``."""
-        return self._known()[2]
+        return self._fitted().genes
 
     def train(
         self,
@@ -252,8 +255,7 @@ class SCDD(RegisteredModel):
             checkpoint=None if checkpoint is None else Path(checkpoint),
             resume=resume,
         )
-        self._problem, self._split = problem, (problem.rows, problem.fingerprint())
-        self._attach(space, (problem.classes, problem.tasks, problem.genes))
+        self._take(Fitted.on(problem, space), problem)
         return self
 
     def condense(
@@ -306,7 +308,7 @@ class SCDD(RegisteredModel):
         CellstillWarning
             Classes with fewer cells than ``samples_per_class``, and a number that compresses nothing.
         """
-        space, problem = self._require_space(), self.problem
+        space, problem = self.space, self.problem
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
         matching = given_or_default("matching", matching, MatchingConfig)
@@ -364,9 +366,8 @@ class SCDD(RegisteredModel):
         InvalidArgumentError
             An unknown class, or fewer than one cell.
         """
-        space = self._require_space()
-        classes, tasks, genes = self._known()
-        label = str(label)
+        fitted, label = self._fitted(), str(label)
+        space, classes = fitted.space, fitted.classes
         check_option("label", label, classes)
         check_option("counts", counts, [form for form in FORMS if form != "mixed"])
         whole_number("n", n, least=1)
@@ -379,7 +380,9 @@ class SCDD(RegisteredModel):
         z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
         cells = space.render(Rendering(counts), z, codes, seed)
         told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
-        return to_anndata(cells, classes, tasks, genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()})
+        return to_anndata(
+            cells, classes, fitted.tasks, fitted.genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()}
+        )
 
     def get_latent_representation(
         self, adata: AnnData | None = None, indices: np.ndarray | Sequence[int] | None = None
@@ -404,7 +407,7 @@ class SCDD(RegisteredModel):
         GeneMismatchError
             ``adata`` lacks too many genes of the model.
         """
-        space = self._require_space()
+        space = self.space
         adata = self._require_adata() if adata is None else adata
         rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         layer = self._setup["layer"]
@@ -423,23 +426,16 @@ class SCDD(RegisteredModel):
         StoreError
             The folder exists, or cannot be written.
         """
-        space, (classes, tasks, genes) = self._require_space(), self._known()
-        assert self._split is not None
-        parts, cells = self._split
+        fitted = self._fitted()
         config = {
-            "cells": cells,
             "setup": self._setup,
             "latent": self._latent_name(),
             "n_top_genes": self.n_top_genes,
             "validation_size": self.validation_size,
             "seed": self.seed,
-            "classes": list(classes),
-            "tasks": [asdict(task) | {"of_class": task.of_class.tolist()} for task in tasks],
-            "space": space_config(space),
+            **fitted.config(),
         }
-        rows = {f"rows.{name}": part for name, part in parts.items()}
-        tensors = {**space_tensors(space), **rows, "genes": names_to_array(genes.tolist())}
-        save_store(dir_path, type(self).__name__, tensors, config, overwrite=overwrite)
+        save_store(dir_path, type(self).__name__, fitted.tensors(), config, overwrite=overwrite)
 
     @classmethod
     def load(cls, dir_path: str | os.PathLike[str], adata: AnnData | None = None) -> SCDD:
@@ -461,55 +457,35 @@ class SCDD(RegisteredModel):
         """
         tensors, config = load_store(dir_path, cls.__name__)
         try:
-            setup, space = config["setup"], restore_space(tensors, config["space"])
-            tasks = tuple(
-                # Models saved by earlier versions do not know the types of labels; theirs are text.
-                Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64), t.get("dtype", "str"))
-                for t in config["tasks"]
-            )
-            classes, genes = tuple(config["classes"]), np.asarray(array_to_names(tensors["genes"]))
-            rows, cells = {name: tensors[f"rows.{name}"] for name in ("train", "validation", "test")}, config["cells"]
+            setup, fitted = config["setup"], Fitted.restore(tensors, config)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StoreError(f"{dir_path} is damaged ({error}). Save the model again.") from error
-        registry, n_cells = None, sum(map(len, rows.values()))
+        registry = problem = None
+        where = {"layer": setup["layer"], "donor_key": setup["donor_key"]}
         if adata is None:
-            columns = {f"labels{k or ''}": task.key for k, task in enumerate(tasks)}
-            known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(tasks)}
+            columns = {f"labels{k or ''}": task.key for k, task in enumerate(fitted.tasks)}
+            known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(fitted.tasks)}
             registry = category_registry(cls.__name__, setup, known, columns=columns)
-        elif adata.n_obs != n_cells:
-            raise InvalidArgumentError(_of_other_number(adata.n_obs, n_cells))
         else:
-            cls.setup_anndata(adata, setup["labels_key"], layer=setup["layer"], donor_key=setup["donor_key"])
+            fitted.check_number(adata.n_obs)
+            cls.setup_anndata(adata, setup["labels_key"], **where)
+            problem = fitted.attach(adata, **where)
         model = cls(
             adata,
             n_top_genes=config["n_top_genes"],
             validation_size=config["validation_size"],
-            latent_settings=space.autoencoder.config,
-            generator_settings=space.config,
+            latent_settings=fitted.space.autoencoder.config,
+            generator_settings=fitted.space.config,
             seed=config["seed"],
             _registry=registry,
         )
         model.latent = config["latent"]
-        model._split = rows, cells
-        if adata is not None:
-            model._problem = CondensationProblem.from_rows(
-                adata, setup["labels_key"], rows, genes, layer=setup["layer"], donor_key=setup["donor_key"]
-            )
-            if model._problem.classes != classes:
-                raise InvalidArgumentError(
-                    f"adata has the classes {list(model._problem.classes)}; the model was trained on {list(classes)}. "
-                    "Attach the cells of training, or load without data and generate."
-                )
-            if model._problem.fingerprint() != cells:
-                raise InvalidArgumentError(
-                    "adata has other cells, labels or counts than those of training, or has them in another order. "
-                    "Attach the cells of training as they were, or load without data and generate."
-                )
-        model._attach(space, (classes, tasks, genes))
+        model._take(fitted, problem)
         return model
 
-    def _attach(self, space: Space, names: tuple[tuple[str, ...], tuple[Task, ...], np.ndarray]) -> None:
-        self._space, self._names = space, names
+    def _take(self, fitted: Fitted, problem: CondensationProblem | None) -> None:
+        self._fit_result, self._problem = fitted, problem
+        space = fitted.space
         self.module = torch.nn.ModuleDict({"autoencoder": space.autoencoder, "generator": space.generator})
         self.history_ = space.history
         self.is_trained_ = True
@@ -522,23 +498,7 @@ class SCDD(RegisteredModel):
             raise InvalidArgumentError("The model was loaded without data. Load it with some: SCDD.load(path, adata).")
         return self.adata
 
-    def _require_space(self) -> Space:
-        if self._space is None:
+    def _fitted(self) -> Fitted:
+        if self._fit_result is None:
             raise NotTrainedError("The model is not trained. Call train() first.")
-        return self._space
-
-    def _known(self) -> tuple[tuple[str, ...], tuple[Task, ...], np.ndarray]:
-        self._require_space()
-        assert self._names is not None
-        return self._names
-
-
-def _of_other_number(n_found: int, n_cells: int) -> str:
-    told = f"adata has {n_found} cells; the model was trained on {n_cells}. "
-    if n_found > n_cells:
-        told += (
-            "Leave out those that were set aside. `cellstill condense --evaluate` names them in test_cells.csv beside "
-            'the model: held_out = pd.read_csv("test_cells.csv", dtype=str, keep_default_na=False)["cell"]; adata = '
-            "adata[~adata.obs_names.isin(held_out)].copy(). "
-        )
-    return told + "Attach the cells of training, or load without data and generate."
+        return self._fit_result

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cellstill.errors import StoreError
+from cellstill.io.partial import partial_beside
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.is_dir():
         raise StoreError(f"{path} is a folder, not a file. Choose another path.")
-    partial = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
+    partial = partial_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellstill.errors import StoreError
+from cellstill.io.partial import partial_beside
 
 SCHEMA_VERSION = 1
 
@@ -26,6 +27,8 @@ def atomic_directory(
     path: str | os.PathLike[str], *, overwrite: bool = False, ours: Collection[str] | None = None
 ) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that takes its place when the block ends without an error.
+
+    What a process that was killed left of such a folder is removed.
 
     Parameters
     ----------
@@ -43,7 +46,7 @@ def atomic_directory(
     """
     path = Path(path).absolute()
     _check_target(path, overwrite, ours)
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+    partial = partial_beside(path)
     replaced = path.parent / f".{path.name}.replaced-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)

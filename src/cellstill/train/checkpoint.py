@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from cellstill.errors import OtherRunError, StoreError
+from cellstill.io.partial import partial_beside
 from cellstill.train.state import State, changing
 
 CHECKPOINT_VERSION = 2
@@ -229,7 +229,7 @@ def _shown(tensor: list[Any] | None) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    partial = partial_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,16 @@ class Fault:
         more = f" and {len(self.cells) - _N_SHOWN} more" if len(self.cells) > _N_SHOWN else ""
         whose = "because of" if self.alone else "for all of"
         return f"{self.what} in epoch {epoch}, batch {self.batch} of {self.split}, {whose} its cells {shown}{more}."
+
+
+def what_is_not_finite(split: str, total: float, terms: Sequence[str], gradients: Sequence[str] = ()) -> str:
+    """Say which of a mean loss, its terms and, where all of these are finite, its gradients is not finite."""
+    loss = f"{split}_loss is {total:g}"
+    if not math.isfinite(total):
+        return loss + (f" (term {listed(terms)})" if terms else "")
+    if terms:
+        return f"{loss}, but its term {listed(terms)} is not finite,"
+    return f"The gradient of {listed(gradients)} is not finite while {loss}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cellstill.train.fault import Fault, listed
+from cellstill.train.fault import Fault, what_is_not_finite
 from cellstill.train.loop import Batch, Loop, evaluating, non_finite, set_training
 from cellstill.train.plans import Loss
 
@@ -101,10 +101,7 @@ def _fault(split: str, index: int, looks: Sequence[_Look]) -> Fault | None:
     total = sum(look.total * look.n for look in looks) / n
     terms = list(dict.fromkeys(name for look in faulty for name in look.terms))
     gradients = list(dict.fromkeys(name for look in faulty for name in look.gradients))
-    if math.isfinite(total) and not terms:
-        what = f"The gradient of {listed(gradients)} is not finite while {split}_loss is {total:g}"
-    else:
-        what = f"{split}_loss is {total:g}" + (f" (term {listed(terms)})" if terms else "")
+    what = what_is_not_finite(split, total, terms, gradients)
     cells: list[int] = []
     before = 0
     for look in looks:
@@ -122,7 +119,7 @@ def _cells(loop: Loop, batch: Batch, loss: Loss) -> Sequence[int]:
 
 
 def _wrong_alone(loop: Loop, batch: Batch, n: int) -> Iterator[int]:
-    """Find cells whose loss or gradient is not finite without the others, by halving."""
+    """Find cells whose loss, terms or gradient are not finite without the others, by halving."""
     start = 0
     with evaluating(loop.plan.module):
         while start < n and _is_wrong(loop, batch, start, n):
@@ -141,7 +138,7 @@ def _is_wrong(loop: Loop, batch: Batch, start: int, stop: int) -> bool:
         loop.optimizer.zero_grad()
         with torch.enable_grad():
             loss = loop.evaluate(cut(batch, start, stop))
-            if not bool(loss.total.isfinite()):
+            if not bool(loss.total.isfinite()) or non_finite(loss.terms.items()):
                 return True
             loss.total.backward()
     except (RuntimeError, ValueError, IndexError):

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from cellstill.errors import InvalidArgumentError, TrainingError, at_least_zero, check_option
 from cellstill.nn.compiled import kernels
 from cellstill.train.adamw import CompiledAdamW, fits
-from cellstill.train.fault import Fault, listed
+from cellstill.train.fault import Fault, what_is_not_finite
 from cellstill.train.state import changing, copy_weights, put_weights
 from cellstill.train.warmup import warmup_steps
 
@@ -293,7 +293,7 @@ class Plan(LightningModule):
         alone = bool(cells) and len(cells) < loss.n
         rows = batch["rows"].tolist() if "rows" in batch else range(loss.n)
         terms = [name for name, term in loss.terms.items() if not bool(term.isfinite().all())]
-        what = f"train_loss is {loss.total.item():g}" + (f" (term {listed(terms)})" if terms else "")
+        what = what_is_not_finite("train", loss.total.item(), terms)
         fault = Fault("train", batch_idx, what, [rows[cell] for cell in cells or range(loss.n)], alone)
         return fault.sentence(self.current_epoch, None)
 
