@@ -75,6 +75,14 @@ def droplets(real_data):
     return anndata.read_h5ad(real_data("pbmc4k_soup.h5ad"))
 
 
+@pytest.mark.parametrize("seed", [4, 9])
+def test_soup_of_one_real_lane_is_found_by_any_split(droplets, seed):
+    """Those of these seeds have the smallest piles of fifteen."""
+    found = estimate_soup(droplets.X, seed=seed)
+    assert found.identified[0]
+    assert 0.04 < found.rate[0] < 0.08
+
+
 def test_soup_of_real_droplets_is_found(droplets):
     """One lane has no other to borrow from. What is added to it, composed as its empty droplets, is found too."""
     found = estimate_soup(droplets.X, seed=0)
@@ -95,6 +103,16 @@ def test_one_type_of_real_droplets_identifies_nothing(droplets, kind):
     with pytest.warns(CellstillWarning, match="not identified"):
         found = estimate_soup(cells.X, seed=0)
     assert found.interval[0, 1] > 0.06
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_types_that_share_most_genes_identify_nothing(real_data, seed):
+    """Those of these seeds have the largest piles of thirty."""
+    adata = anndata.read_h5ad(real_data("kang_pbmc.h5ad"))
+    cells = adata[adata.obs["cell_type"].isin(["CD4 T cells", "CD8 T cells"])]
+    with pytest.warns(CellstillWarning, match="not identified"):
+        found = estimate_soup(cells.X, seed=seed)
+    assert found.interval[0, 1] > 0.1
 
 
 def test_the_same_seed_repeats_itself(three_batches, estimate):
