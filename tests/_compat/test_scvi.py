@@ -163,6 +163,32 @@ def test_what_is_taken_of_data_is_set_up_again(adata, taken, tmp_path):
     assert Model(adata).adata_manager.adata is adata
 
 
+def test_what_is_taken_of_a_copy_is_set_up_as_the_copy_was(adata):
+    part = adata[:9].copy()
+    Model.setup_anndata(part, "kind", "tech")
+    with pytest.raises(InvalidArgumentError, match="batch_key='kind', labels_key='tech'"):
+        Model(part.copy())
+    with pytest.raises(InvalidArgumentError, match="batch_key='tech', labels_key='kind'"):
+        Model(adata.copy())
+    assert Model(adata).adata_manager.adata is adata
+
+
+def test_data_that_are_deregistered_are_set_up_again(adata):
+    model, other = Model(adata), make()
+    Model.setup_anndata(other, "tech", "kind")
+    model.deregister_manager()
+    assert Model(adata).adata_manager.adata is adata
+    with pytest.raises(InvalidArgumentError, match="is not set up for Model|were set up"):
+        Model(other)
+    model.deregister_manager(adata)
+    with pytest.raises(InvalidArgumentError, match="were set up"):
+        Model(adata)
+    Model.setup_anndata(adata, "tech", "kind")
+    adata.uns.clear()
+    with pytest.raises(InvalidArgumentError, match="set up"):
+        Model(adata)
+
+
 def test_a_copy_whose_original_is_gone_is_not_taken_for_data_of_another_model():
     data = make()
     Model.setup_anndata(data, "tech", "kind")

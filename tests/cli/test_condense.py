@@ -557,11 +557,13 @@ def test_every_other_setting_is_named_before_anything_is_trained(cellstill, cell
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_a_run_that_was_killed_before_its_first_epoch_is_none(cellstill, cells, write, here):
+@pytest.mark.parametrize("resume", [["--resume"], []])
+def test_a_run_that_was_killed_before_its_first_epoch_is_none(cellstill, cells, write, here, resume):
     (here / ".out.checkpoint").mkdir()
+    (here / ".out.checkpoint" / ".partial-00000000-1-00000000-latent.ckpt").write_text("half")
     (here / ".out.checkpoint" / "run.json").write_text('{"settings": {}, "version": "0"}')
     args = ["condense", write(cells), "--label-key", "cell_type", "--spc", "1", *QUICK, "--out", "out"]
-    assert cellstill(*args, "--resume").exit_code == 0
+    assert cellstill(*args, *resume).exit_code == 0
 
 
 @pytest.mark.usefixtures("no_figures")

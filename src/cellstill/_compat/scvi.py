@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -65,15 +66,31 @@ class RegisteredModel(BaseModelClass, metaclass=_WeakStores):
     @classmethod
     def _get_most_recent_anndata_manager(cls, adata: AnnData | MuData, required: bool = False) -> AnnDataManager | None:
         """Find the set-up of data, which they hold: copies share the number by which scvi-tools knows them."""
-        manager = _managers(adata).get(cls.__name__)
+        manager = _managers(adata).get(cls.__name__) if _SCVI_UUID_KEY in adata.uns else None
         if manager is None and required:
             of_original = cls._setup_adata_manager_store.get(adata.uns.get(_SCVI_UUID_KEY))
             raise InvalidArgumentError(_not_set_up(cls, adata, of_original))
         return manager
 
+    def deregister_manager(self, adata: AnnData | MuData | None = None) -> None:
+        """Forget how data were set up: ``adata``, or all but those of this model."""
+        managers = list(self._setup_adata_manager_store.values())
+        forgotten = [one.adata for one in managers if one is not self._adata_manager] if adata is None else [adata]
+        super().deregister_manager(adata)
+        for data in forgotten:
+            _managers(data).pop(type(self).__name__, None)
+
     @classmethod
     def view_setup_args(cls, dir_path: str | os.PathLike[str], **settings: Any) -> None:
-        """Print the arguments with which the data of a saved model were set up."""
+        """Print the arguments with which the data of a saved model were set up.
+
+        Parameters
+        ----------
+        dir_path
+            Folder of the model.
+        **settings
+            Of ``load_registry``.
+        """
         # That of scvi-tools calls its own load_registry, which looks for a pickle.
         AnnDataManager.view_setup_method_args(cls.load_registry(dir_path, **settings))
 
@@ -92,11 +109,10 @@ _MANAGERS = "_cellstill_managers"
 def _not_set_up(cls: type[RegisteredModel], data: AnnData | MuData, of_original: AnnDataManager | None) -> str:
     """Say why data have no set-up: scvi-tools takes a copy whose original is gone for data of another model."""
     argument, mudata = ("mdata", True) if hasattr(data, "mod") else ("adata", False)
-    others, given = list(_managers(data)), "..."
+    others, given = list(_managers(data)), ["..."]
     if of_original is not None:
         found = "is a copy, a subset or from the file of data that are set up, and a set-up does not go along"
-        stated = {name: value for name, value in setup_args(of_original._registry).items() if value not in _UNSTATED}
-        given = ", ".join(f"{name}={value!r}" for name, value in stated.items())
+        given = [f"{name}={value!r}" for name, value in setup_args(of_original._registry).items() if _is_stated(value)]
     elif others:
         found = f"is set up for {' and '.join(others)}, not for {cls.__name__}"
     elif _SCVI_UUID_KEY in data.uns:
@@ -107,11 +123,13 @@ def _not_set_up(cls: type[RegisteredModel], data: AnnData | MuData, of_original:
     else:
         found = f"is not set up for {cls.__name__}"
     copied = f"{argument} = {argument}.copy(), then " if data.is_view else ""
-    return f"{argument} {found}. Call {copied}{cls.__name__}.{_method_name(mudata=mudata)}({argument}, {given}) first."
+    call = f"{cls.__name__}.{_method_name(mudata=mudata)}({', '.join([argument, *given])})"
+    return f"{argument} {found}. Call {copied}{call} first."
 
 
-_UNSTATED: tuple[Any, ...] = (None, False, [], {})
-"""Arguments of a set-up that say nothing."""
+def _is_stated(value: Any) -> bool:
+    return value is not None and value is not False and (value == 0 or bool(value))
+
 
 _RECORD = "cellstill_record"
 
@@ -270,6 +288,10 @@ def register(
         validation_checks=AnnDataManagerValidationCheck(check_fully_paired_mudata=False),
     )
     extending = {} if source_registry is None else {"extend_categories": extend_categories}
+    known = cls._setup_adata_manager_store.get(data.uns.get(_SCVI_UUID_KEY))
+    if known is not None and known.adata is not data:
+        # A copy has the number of its original, by which scvi-tools would take one for the other.
+        data.uns[_SCVI_UUID_KEY] = str(uuid4())
     manager.register_fields(data, source_registry, **extending)
     cls.register_manager(manager)
 

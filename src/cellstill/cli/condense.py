@@ -297,4 +297,5 @@ def _check_interrupted(checkpoint: Path, *, resume: bool, overwrite: bool) -> No
 
 
 def _holds_a_run(checkpoint: Path) -> bool:
-    return any(checkpoint.glob("*.ckpt"))
+    # Names of what is not whole yet start with a dot.
+    return any(not file.name.startswith(".") for file in checkpoint.glob("*.ckpt"))

@@ -157,8 +157,8 @@ def obs_column(obs: pd.DataFrame, key: str, argument: str) -> pd.Series:
     dtype = values.cat.categories.dtype if isinstance(values.dtype, pd.CategoricalDtype) else values.dtype
     if dtype.kind in "mM":
         raise InvalidArgumentError(
-            f"{argument}: adata.obs[{key!r}] holds {dtype}, whose names depend on how they are written. Write them as "
-            f"text: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)."
+            f"{argument}: adata.obs[{key!r}] holds {dtype}. Write dates as text, adata.obs[{key!r}] = "
+            f"adata.obs[{key!r}].astype(str), or as numbers, such as days since the first."
         )
     missing = values.isna()
     if missing.any():

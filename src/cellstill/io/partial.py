@@ -45,15 +45,22 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    import psutil
+    if os.name != "posix":
+        import psutil
 
-    return psutil.pid_exists(pid)
+        return psutil.pid_exists(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # of another user, whose processes a machine may hide in /proc
+    return True
 
 
 def _machine() -> str:
-    """Tell where a process number holds: on this machine and, on Linux, in this container."""
-    try:
-        numbers = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        numbers = 0
-    return hashlib.blake2b(f"{socket.gethostname()} {numbers}".encode(), digest_size=4).hexdigest()
+    """Tell where a process number holds: on this machine and, on Linux, since it started and in this container."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(os.stat("/proc/self/ns/pid").st_ino)]
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=4).hexdigest()

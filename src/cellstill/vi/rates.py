@@ -214,9 +214,10 @@ def _is_by_modality(known: Mapping[Any, Any], config: VAEConfig, categories: Map
     several, one = len(columns) > 1, list(categories[columns[0]]) if columns else [ALL_CELLS]
     of_modality = [key for key in known if key in modalities]
     of_category = [key for key in known if (isinstance(key, tuple) if several else _name(key) in one)]
-    if not known or (len(of_modality) != len(of_category) and len(known) in (len(of_modality), len(of_category))):
-        return len(of_modality) > len(of_category)
-    if len(of_modality) == len(known):
+    by_modality, by_category = len(of_modality) == len(known), len(of_category) == len(known)
+    if not known or by_modality != by_category:
+        return bool(known) and by_modality
+    if by_modality:
         first = of_modality[0]
         raise InvalidArgumentError(
             f"ambient_rate names {of_modality[:5]}, which are modalities and categories alike. Name both: "
