@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -263,6 +264,17 @@ def test_number_and_seed_of_generated_cells(trained):
     assert_same_cells(one, same)
     assert not np.array_equal(one.X.toarray(), other.X.toarray())
     assert provenance_of(one)["method"] == "SCDD.generate"
+
+
+def test_generated_cells_of_different_classes_and_seeds_have_nothing_in_common(trained):
+    made = [trained.model.generate(name, 200, seed=seed) for name in trained.model.classes[:2] for seed in (0, 1)]
+    for one, other in itertools.combinations(made, 2):
+        noise = np.corrcoef(one.obsm["X_scdd"].ravel(), other.obsm["X_scdd"].ravel())[0, 1]
+        depth = np.corrcoef(*(np.log(cells.X.sum(axis=1).A1) for cells in (one, other)))[0, 1]
+        assert abs(noise) < 0.12
+        assert abs(depth) < 0.3
+    assert made[0].obs_names[0] == "B cell-0-0"
+    assert anndata.concat(made).obs_names.is_unique
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,9 @@ class SCDD(RegisteredModel):
     ) -> AnnData:
         """Generate cells of a class, in one step each, without matching.
 
+        The same call returns the same cells. Cells of different classes or seeds are drawn independently and have
+        different names, so that they may be put together.
+
         Parameters
         ----------
         label
@@ -374,15 +377,19 @@ class SCDD(RegisteredModel):
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
         codes = np.full(int(n), classes.index(label))
+        # Each class has a stream of its own, or cells of different classes would have noise and depth in common.
+        drawn = int(np.random.SeedSequence([seed, classes.index(label)]).generate_state(1, np.uint64)[0])
         noise = torch.randn(
-            len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
+            len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(drawn)
         )
         z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
-        cells = space.render(Rendering(counts), z, codes, seed)
+        cells = space.render(Rendering(counts), z, codes, drawn)
         told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
-        return to_anndata(
+        found = to_anndata(
             cells, classes, fitted.tasks, fitted.genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()}
         )
+        found.obs_names = [f"{label}-{seed}-{k}" for k in range(len(cells))]
+        return found
 
     def get_latent_representation(
         self, adata: AnnData | None = None, indices: np.ndarray | Sequence[int] | None = None
