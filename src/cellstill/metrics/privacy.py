@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellstill.metrics._donor_attacks import COPY, Projection, nearest
-from cellstill.metrics._gene_agreement import same_genes
+from cellstill.metrics._gene_agreement import check_integers, same_genes
 
 CLOSEST_RECORD_NOTE = (
     "The distance to the closest record is not evidence of privacy: cells can be far from every record and still tell "
@@ -57,8 +57,14 @@ def distance_to_closest_record(
     Returns
     -------
     ClosestRecord
+
+    Raises
+    ------
+    InvalidArgumentError
+        The sets differ in genes, or real cells are not integer counts.
     """
     s, t, h = same_genes(synthetic=synthetic, training=training, held_out=held_out)
+    check_integers(training=t, held_out=h)
     # Fitted to the records: components of the held-out cells would follow their noise, and set them apart.
     project = Projection(t, n_comps, seed)
     records = project(t)
