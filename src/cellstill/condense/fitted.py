@@ -75,8 +75,8 @@ class Fitted:
         if n_obs > n_cells:
             told += (
                 "Leave out those that were set aside. `cellstill condense --evaluate` names them in test_cells.csv "
-                'beside the model: held_out = pd.read_csv("test_cells.csv", dtype=str, keep_default_na=False)["cell"]; '
-                "adata = adata[~adata.obs_names.isin(held_out)].copy(). "
+                'beside the model, by their row in the file: held_out = pd.read_csv("test_cells.csv")["row"]; '
+                "adata = adata[~np.isin(np.arange(adata.n_obs), held_out)].copy(). "
             )
         raise InvalidArgumentError(f"{told}Attach the cells of training, or load without data and generate.")
 
