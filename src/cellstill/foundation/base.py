@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.data.counts import iter_rows
 from cellstill.errors import InvalidArgumentError, check_key
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
     MissingKeyError
         There is no such key.
     InvalidArgumentError
-        ``source`` embeds nothing or takes no cells, or what it gives is not a finite matrix with a row for each cell.
+        ``source`` embeds nothing or takes no cells, changes ``X`` or a layer of the cells in place, or what it gives is
+        not a finite matrix with a row for each cell.
     """
     found: Any
     if isinstance(source, str):
@@ -59,7 +61,14 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
                 f"{argument}: {name}{inspect.signature(source.get_latent_representation)} cannot be called with the "
                 "cells to embed. Give an encoder with get_latent_representation(adata)."
             )
+        before = _totals(adata)
         found = source.get_latent_representation(adata)
+        after = _totals(adata)
+        if changed := [place for place, total in before.items() if after.get(place) != total]:
+            raise InvalidArgumentError(
+                f"{argument}: {name} changed {', '.join(changed)} of the cells it was given. Let it work on a copy, "
+                "adata.copy(), and read the data anew."
+            )
     else:
         raise InvalidArgumentError(
             f"{argument}={source!r} embeds no cells. Give a key of adata.obsm, or a trained model or encoder with "
@@ -78,6 +87,16 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
             f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
         )
     return embedding
+
+
+def _totals(adata: AnnData) -> dict[str, str]:
+    """Sum of ``X`` and of each layer as text, as which NaN is equal to itself."""
+    places: dict[str, Any] = {} if adata.X is None else {"adata.X": adata.X}
+    places |= {f"adata.layers[{name!r}]": layer for name, layer in adata.layers.items()}
+    return {
+        name: repr(float(sum(rows.sum(dtype=np.float64) for _, rows in iter_rows(matrix))))
+        for name, matrix in places.items()
+    }
 
 
 def as_float32(found: Any) -> np.ndarray:
