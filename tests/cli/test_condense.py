@@ -668,8 +668,8 @@ BAD = {
     "label_twice": (nothing, ["--label-key", "cell_type"], ["several different"]),
     "one_category": (
         constant,
-        ["--label-key", "constant", "--evaluate"],
-        ["--label-key constant has one category, 'same'", "Leave it out"],
+        ["--label-key", "constant"],
+        ["--label-key constant: all cells are labelled 'same'", "Leave it out"],
     ),
     "no_such_donor": (nothing, ["--donor-key", "x"], ["--donor-key x is not in adata.obs"]),
     "one_donor": (one_donor, ["--donor-key", "donor"], ["--donor-key has 1 donors (d0); 2 at least", "to split cells"]),

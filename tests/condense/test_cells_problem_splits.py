@@ -324,10 +324,11 @@ def test_combinations_whose_names_would_be_equal_are_refused():
         ("absent", MissingKeyError, "labels_key='absent' is not in adata.obs.*'cell_type'"),
         ("holes", InvalidArgumentError, r"adata.obs\['holes'\] is missing for 40 of 120 cells"),
         ("constant", InvalidArgumentError, "labels_key='constant': all cells are labelled 'same'"),
+        (["cell_type", "constant"], InvalidArgumentError, "'constant': all cells are labelled 'same'.*Leave it out"),
         ([], InvalidArgumentError, r"labels_key=\[\] has to name"),
         (["cell_type", "cell_type"], InvalidArgumentError, "several different"),
     ],
-    ids=["no-column", "NaN", "one-class", "none", "twice"],
+    ids=["no-column", "NaN", "one-class", "one-category-beside-others", "none", "twice"],
 )
 def test_bad_labels(key, error, message):
     adata = labelled(constant="same", holes=[None if i % 3 == 0 else "x" for i in range(120)])

@@ -31,7 +31,6 @@ def labelled_counts(seed: int = 0) -> AnnData:
         rate[np.ix_(kind == k, np.arange(10 * k, 10 * k + 10))] = 1.6
     rate[np.ix_(condition == 1, np.arange(45, 55))] = 1.6
     obs = pd.DataFrame({"cell_type": [f"t{k}" for k in kind], "condition": [f"c{c}" for c in condition]})
-    obs["constant"] = "same"
     return AnnData(rng.poisson(rate).astype(np.float32), obs=obs.set_index(obs.index.astype(str)))
 
 
@@ -245,12 +244,6 @@ def test_a_method_that_changes_the_problem_is_named_before_others_run(method):
     methods = {"mine": method, "never": lambda *args: pytest.fail("condensed")}
     with pytest.raises(InvalidArgumentError, match="'mine' changed the cells of the problem in place.*a copy"):
         evaluate(own, methods, samples_per_class=[1], seeds=[0], evaluators=["knn"])
-
-
-def test_a_task_of_one_category_is_refused():
-    both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "constant"])
-    with pytest.raises(InvalidArgumentError, match="'constant' has one category, 'same'"):
-        evaluate(both, ["random"], samples_per_class=[1], seeds=[0], evaluators=["knn"])
 
 
 def test_a_class_without_test_cells_does_not_count():

@@ -20,7 +20,7 @@ from cellstill.condense import (
     evaluate,
     get_evaluators,
 )
-from cellstill.condense.evaluate import Method, check_tasks, known_training, train_full
+from cellstill.condense.evaluate import Method, known_training, train_full
 from cellstill.condense.evaluated import Condensed
 from cellstill.condense.problem import _warn_about_small_classes, read_labels
 from cellstill.condense.splits import split_classes
@@ -64,8 +64,7 @@ def hold_out(
     InvalidArgumentError
         A column of one category, fewer than three donors, or donors without whom a class has no cell to condense.
     """
-    codes, classes, tasks = read_labels(adata, keys)
-    check_tasks(tasks)
+    codes, classes, _ = read_labels(adata, keys)
     donors = None
     if donor_key is not None:
         donors = obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()

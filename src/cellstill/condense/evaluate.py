@@ -77,9 +77,9 @@ def evaluate(
     Raises
     ------
     InvalidArgumentError
-        A problem without test cells, an unknown method or evaluator, a task of one category, ``full`` of another
-        problem, or a method that changes the problem, or returns anything but cells or features, or other genes,
-        unknown classes, one class alone, no cells, or more cells than its budget.
+        A problem without test cells, an unknown method or evaluator, ``full`` of another problem, or a method that
+        changes the problem, or returns anything but cells or features, or other genes, unknown classes, one class
+        alone, no cells, or more cells than its budget.
     OptionalDependencyError
         A baseline needs a package that is not installed.
     """
@@ -88,7 +88,6 @@ def evaluate(
             "problem has no test cells, so nothing can be scored. Split it with train_size and validation_size that "
             "leave some: CondensationProblem.from_anndata(..., train_size=0.7, validation_size=0.1)."
         )
-    check_tasks(problem.tasks)
     named = _methods(methods)
     judges = get_evaluators(evaluators)
     if isinstance(seeds, Integral):
@@ -243,15 +242,6 @@ def _distinct(argument: str, values: int | Iterable[int], *, least: int) -> list
 
 def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
-
-
-def check_tasks(tasks: Iterable[Task]) -> None:
-    """Refuse a task of one category."""
-    for task in tasks:
-        if len(task.names) < 2:
-            raise InvalidArgumentError(
-                f"labels_key={task.key!r} has one category, {task.names[0]!r}: nothing can be told apart. Leave it out."
-            )
 
 
 @contextmanager

@@ -149,7 +149,7 @@ class SCDD(RegisteredModel):
         InvalidCountsError
             The layer does not hold counts, or a cell is empty.
         InvalidArgumentError
-            Missing labels, also as text such as ``"NA"`` or blanks, or fewer than two classes.
+            Missing labels, also as text such as ``"NA"`` or blanks, or a column of one category.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         if adata.is_view:

@@ -124,8 +124,8 @@ class CondensationProblem:
         Raises
         ------
         InvalidArgumentError
-            Missing labels, also as text (:data:`UNLABELLED`), fewer than two classes, combinations of labels that read
-            alike, or too few donors to split.
+            Missing labels, also as text (:data:`UNLABELLED`), a column of one category, combinations of labels that
+            read alike, or too few donors to split.
         InvalidCountsError
             The layer holds no counts.
         """
@@ -233,6 +233,11 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
     names = [category_names(column) for column in columns]
     for key, column, known in zip(keys, columns, names, strict=True):
         _check_labelled(key, column, known)
+        if len(known) < 2:
+            remedy = "Leave it out" if len(keys) > 1 else "Name a column with at least two categories"
+            raise InvalidArgumentError(
+                f"labels_key={key!r}: all cells are labelled {known[0]!r}, so there is nothing to tell apart. {remedy}."
+            )
     coded = np.stack(
         [
             pd.Index(known).get_indexer(pd.Index(column.astype(str)))
@@ -241,11 +246,6 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
         axis=1,
     )
     combinations, codes = np.unique(coded, axis=0, return_inverse=True)
-    if len(combinations) < 2:
-        raise InvalidArgumentError(
-            f"labels_key={keys[0]!r}: all cells are labelled {names[0][0]!r}, so there is nothing to tell apart. Name "
-            "a column with at least two categories."
-        )
     classes = tuple(" | ".join(known[code] for known, code in zip(names, row, strict=True)) for row in combinations)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
