@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
+from cellstill import SCDD
 from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.genes import variable_genes
 from cellstill.condense.problem import CondensationProblem, read_labels
@@ -249,7 +250,7 @@ def test_order_of_genes_changes_neither_split_nor_cells():
         np.testing.assert_array_equal(getattr(one, part).counts.toarray(), moved)
 
 
-def test_genes_are_chosen_on_training_cells_only():
+def test_genes_are_chosen_on_training_cells_only(caplog):
     adata = labelled(n_vars=60)
     rows = CondensationProblem.from_anndata(adata, "cell_type").rows
     counts = adata.X.toarray()
@@ -265,9 +266,13 @@ def test_genes_are_chosen_on_training_cells_only():
     assert len(chosen) == 16
     assert "g51" in chosen
     assert "g50" not in chosen
-    every = CondensationProblem.from_anndata(adata, "cell_type", n_top_genes=None).genes
-    assert len(every) == 59
-    assert "g52" not in every
+    for n_top_genes, told in ((None, True), (60, True), (59, False), (20, False)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="cellstill"):
+            genes = CondensationProblem.from_anndata(adata, "cell_type", n_top_genes=n_top_genes).genes
+        assert len(genes) == min(n_top_genes or 59, 59)
+        assert "g52" not in genes
+        assert ("Left out, without counts in the training cells: 1 of 60 genes." in caplog.text) == told
 
 
 def test_chosen_genes_are_those_with_the_largest_pearson_residuals():
@@ -354,6 +359,10 @@ def test_labels_that_are_missing_as_text_are_refused(written, categorical):
 
 def test_all_texts_that_stand_for_missing_labels_are_named():
     adata = labelled(label=[("NA", "", "T", "B")[i % 4] for i in range(120)])
+    with pytest.raises(InvalidArgumentError, match=r"donor_key: adata.obs\['label'\] is missing for 60 .*of a donor"):
+        CondensationProblem.from_anndata(adata, "cell_type", donor_key="label")
+    with pytest.raises(InvalidArgumentError, match=r"donor_key: adata.obs\['label'\] is missing for 60"):
+        SCDD.setup_anndata(adata, "cell_type", donor_key="label")
     with pytest.raises(InvalidArgumentError, match=r"missing for 60 of 120 cells, which are labelled '', 'NA'\. "):
         read_labels(adata, ["label"])
 

@@ -22,9 +22,8 @@ from cellstill.condense import (
 )
 from cellstill.condense.evaluate import Method, known_training, train_full
 from cellstill.condense.evaluated import Condensed
-from cellstill.condense.problem import _warn_about_small_classes, read_labels
+from cellstill.condense.problem import _warn_about_small_classes, read_donors, read_labels
 from cellstill.condense.splits import split_classes
-from cellstill.data.covariates import obs_column
 from cellstill.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def hold_out(
     codes, classes, _ = read_labels(adata, keys)
     donors = None
     if donor_key is not None:
-        donors = obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = read_donors(adata, donor_key)
         names = np.unique(donors)
         if len(names) < 3:
             raise InvalidArgumentError(

@@ -77,7 +77,12 @@ def condense(
     ] = StartChoice.auto,
     n_top_genes: Annotated[
         int,
-        typer.Option(min=0, help="Most variable genes kept; 0 keeps all.", metavar="N", rich_help_panel=_METHOD),
+        typer.Option(
+            min=0,
+            help="Most variable genes kept; 0 keeps all with counts.",
+            metavar="N",
+            rich_help_panel=_METHOD,
+        ),
     ] = 2000,
     obsm_key: Annotated[
         str | None,

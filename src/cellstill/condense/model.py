@@ -22,14 +22,13 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
-from cellstill.condense.problem import CondensationProblem, read_labels
+from cellstill.condense.problem import CondensationProblem, read_donors, read_labels
 from cellstill.condense.progress import showing_steps
 from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
 from cellstill.data.counts import as_csr, check_counts, get_layer
-from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.selection import cell_positions
 from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option, whole_number
@@ -63,7 +62,8 @@ class SCDD(RegisteredModel):
         of ``adata.obsm``, or anything with ``get_latent_representation(adata)``, such as a trained model of ours or of
         scvi-tools, is taught to it besides. New cells never need the source again.
     n_top_genes
-        Most variable genes kept. More tell more and take longer; ``None`` keeps all.
+        Most variable genes kept. More tell more and take longer; ``None`` keeps all that have counts in the cells that
+        are learned from.
     validation_size
         Share of the cells, or of the donors, that choose instead of being learned from. More choose better and leave
         less to learn from.
@@ -149,7 +149,7 @@ class SCDD(RegisteredModel):
         InvalidCountsError
             The layer does not hold counts, or a cell is empty.
         InvalidArgumentError
-            Missing labels, also as text such as ``"NA"`` or blanks, or a column of one category.
+            Missing labels or donors, also as text such as ``"NA"`` or blanks, or a column of one category.
         """
         keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
         if adata.is_view:
@@ -159,7 +159,7 @@ class SCDD(RegisteredModel):
         check_counts(adata, layer, allow_noninteger=None)
         columns = {f"labels{k or ''}": key for k, key in enumerate(keys)}
         if donor_key is not None:
-            obs_column(adata.obs, donor_key, "donor_key")
+            read_donors(adata, donor_key)
             columns["donor"] = donor_key
         register(
             cls,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("cellstill")
 
 UNLABELLED = frozenset({"", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "NaT", "None"})
-"""Texts, blanks around them aside, that are written where a label is missing."""
+"""Texts, blanks around them aside, that are written where a label or donor is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,8 @@ class CondensationProblem:
         donor_key
             Column with donors or other units: each is on one side of the split only, so that scores tell of new donors.
         n_top_genes
-            Most variable genes kept, chosen on the training cells. More tell more and take longer. ``None`` keeps all.
+            Most variable genes kept, chosen on the training cells. More tell more and take longer. ``None`` keeps all
+            that have counts in the training cells.
         train_size, validation_size
             Shares of the cells, within each class (of donors, with ``donor_key``); the rest are test cells, if any.
         seed
@@ -124,8 +125,8 @@ class CondensationProblem:
         Raises
         ------
         InvalidArgumentError
-            Missing labels, also as text (:data:`UNLABELLED`), a column of one category, combinations of labels that
-            read alike, or too few donors to split.
+            Missing labels or donors, also as text (:data:`UNLABELLED`), a column of one category, combinations of
+            labels that read alike, or too few donors to split.
         InvalidCountsError
             The layer holds no counts.
         """
@@ -135,7 +136,7 @@ class CondensationProblem:
         check_unique_genes(adata.var_names)
         check_counts(adata, layer, allow_noninteger=None)
         codes, classes, _ = read_labels(adata, keys)
-        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = None if donor_key is None else read_donors(adata, donor_key)
         parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
         _warn_about_small_classes(codes, classes, parts)
         counts = as_csr(get_layer(adata, layer))
@@ -148,6 +149,9 @@ class CondensationProblem:
             " / ".join(f"{len(rows):,}" for rows in parts.values()),
             len(genes),
         )
+        if len(genes) < adata.n_vars and len(genes) != n_top_genes:
+            n_absent = adata.n_vars - len(genes)
+            _log.info("Left out, without counts in the training cells: %d of %d genes.", n_absent, adata.n_vars)
         return cls.from_rows(adata, keys, parts, names, layer=layer, donor_key=donor_key)
 
     @classmethod
@@ -189,7 +193,7 @@ class CondensationProblem:
         check_counts(adata, layer, set_up=True)
         counts = as_csr(get_layer(adata, layer)).astype(np.float32)
         counts, _ = align_genes(counts, adata.var_names.astype(str), list(genes), min_overlap=1.0)
-        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = None if donor_key is None else read_donors(adata, donor_key)
         return cls(
             **{name: LabelledCells(counts[part], codes[part]) for name, part in rows.items()},
             classes=classes,
@@ -232,7 +236,7 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
     columns = [obs_column(adata.obs, key, "labels_key") for key in keys]
     names = [category_names(column) for column in columns]
     for key, column, known in zip(keys, columns, names, strict=True):
-        _check_labelled(key, column, known)
+        _check_named("labels_key", key, column, known, "class")
         if len(known) < 2:
             remedy = "Leave it out" if len(keys) > 1 else "Name a column with at least two categories"
             raise InvalidArgumentError(
@@ -265,15 +269,22 @@ def _dtype(column: pd.Series) -> str:
     return {"b": "bool", "i": "int64", "u": "int64"}.get(getattr(categories.dtype, "kind", "O"), "str")
 
 
-def _check_labelled(key: str, column: pd.Series, names: Sequence[str]) -> None:
-    """Refuse text that stands for a missing label, as files that went through text have it."""
+def read_donors(adata: AnnData, key: str) -> np.ndarray:
+    """Name of each cell's donor, shape ``(n_obs,)``; none may be missing, also as text (:data:`UNLABELLED`)."""
+    column = obs_column(adata.obs, key, "donor_key")
+    _check_named("donor_key", key, column, category_names(column), "donor")
+    return column.astype(str).to_numpy()
+
+
+def _check_named(argument: str, key: str, column: pd.Series, names: Sequence[str], what: str) -> None:
+    """Refuse text that stands for a missing name, as files that went through text have it."""
     found = [name for name in names if name.strip() in UNLABELLED]
     if found:
         missing = column.astype(str).isin(found)
         raise InvalidArgumentError(
-            f"labels_key: adata.obs[{key!r}] is missing for {int(missing.sum())} of {len(column)} cells, which are "
+            f"{argument}: adata.obs[{key!r}] is missing for {int(missing.sum())} of {len(column)} cells, which are "
             f"labelled {', '.join(map(repr, found))}. Label those cells or remove them: "
-            f"adata[~adata.obs[{key!r}].isin({found})].copy(). If it is the name of a class, rename it."
+            f"adata[~adata.obs[{key!r}].isin({found})].copy(). If it is the name of a {what}, rename it."
         )
 
 
