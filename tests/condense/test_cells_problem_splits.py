@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 from itertools import product
 
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,6 +35,11 @@ def labelled(n_obs: int = 120, n_vars: int = 30, seed: int = 0, **obs) -> AnnDat
     table = pd.DataFrame({"cell_type": [f"t{k}" for k in kind], **obs}, index=[f"c{i}" for i in range(n_obs)])
     var = pd.DataFrame(index=[f"g{i}" for i in range(n_vars)])
     return AnnData(sp.csr_matrix(rng.poisson(rate).astype(np.float32)), obs=table, var=var)
+
+
+def mudata_of(adata: AnnData) -> mudata.MuData:
+    with mudata.set_options(pull_on_update=False):
+        return mudata.MuData({"rna": adata})
 
 
 def assert_same(one: CondensationProblem, other: CondensationProblem) -> None:
@@ -94,6 +100,52 @@ def test_expression_is_log1p_of_ten_thousand_shares():
     cells = LabelledCells(sp.csr_matrix(counts), np.array([0, 1]))
     expected = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(cells.expression().toarray(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "codes", "match"),
+    [
+        (np.eye(3), np.arange(3), "counts is of type ndarray, and a CSR matrix is needed"),
+        (sp.csc_matrix(np.eye(3)), np.arange(3), "counts is of type csc_matrix, and a CSR"),
+        (
+            sp.csr_matrix(np.eye(3)),
+            np.arange(3.0),
+            r"codes is an array of float64 and shape \(3,\), and an .* integers",
+        ),
+        (sp.csr_matrix(np.eye(3)), np.array(list("abc")), "codes is an array of <U1"),
+        (sp.csr_matrix(np.eye(3)), np.zeros((3, 1), dtype=np.int64), r"codes is an array of int64 and shape \(3, 1\)"),
+        (sp.csr_matrix(np.eye(3)), [0, 1, 2], "codes is of type list"),
+    ],
+    ids=["dense", "csc", "fractions", "names", "column", "list"],
+)
+def test_cells_of_other_types_are_refused(counts, codes, match):
+    with pytest.raises(InvalidArgumentError, match=match):
+        LabelledCells(counts, codes)
+    if match.startswith("codes"):
+        with pytest.raises(InvalidArgumentError, match=match):
+            Features(np.eye(3), codes, len)
+
+
+@pytest.mark.parametrize(
+    ("adata", "key", "match"),
+    [
+        ("cells.h5ad", "cell_type", "adata is of type str, and an AnnData is needed. Read a file with"),
+        (pd.DataFrame({"cell_type": list("ab")}), "cell_type", "adata is of type DataFrame"),
+        (mudata_of(AnnData(np.eye(2))), "cell_type", r"adata is of type MuData, .*mdata\['rna'\]"),
+        (AnnData(np.eye(2)), None, "labels_key=None has to name a column"),
+        (AnnData(np.eye(2)), 3, "labels_key=3 has to name a column of adata.obs, or several in a list"),
+        (AnnData(np.eye(2)), ["cell_type", 3], r"labels_key=\['cell_type', 3\] has to name"),
+    ],
+    ids=["path", "frame", "mudata", "no-key", "number", "number-in-list"],
+)
+def test_other_containers_and_keys_are_refused(adata, key, match):
+    for call in (
+        CondensationProblem.from_anndata,
+        SCDD.setup_anndata,
+        lambda adata, key: CondensationProblem.from_rows(adata, key, {}, np.array(["g0"])),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            call(adata, key)
 
 
 def test_cells_without_a_class_each_are_refused():

@@ -22,7 +22,7 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
-from cellstill.condense.problem import CondensationProblem, read_donors, read_labels
+from cellstill.condense.problem import CondensationProblem, check_anndata, label_keys, read_donors, read_labels
 from cellstill.condense.progress import showing_steps
 from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
@@ -151,7 +151,8 @@ class SCDD(RegisteredModel):
         InvalidArgumentError
             Missing labels or donors, also as text such as ``"NA"`` or blanks, or a column of one category.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         if adata.is_view:
             raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
         check_unique_genes(adata.var_names)
@@ -416,6 +417,7 @@ class SCDD(RegisteredModel):
         """
         space = self.space
         adata = self._require_adata() if adata is None else adata
+        check_anndata(adata)
         rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         layer = self._setup["layer"]
         check_counts(adata, layer, set_up=True)
@@ -474,6 +476,7 @@ class SCDD(RegisteredModel):
             known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(fitted.tasks)}
             registry = category_registry(cls.__name__, setup, known, columns=columns)
         else:
+            check_anndata(adata)
             fitted.check_number(adata.n_obs)
             cls.setup_anndata(adata, setup["labels_key"], **where)
             problem = fitted.attach(adata, **where)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.genes import variable_genes
 from cellstill.condense.splits import split_classes
-from cellstill.data.annotations import category_names
+from cellstill.data.annotations import category_names, is_mudata
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.errors import CellstillWarning, InvalidArgumentError, whole_number
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 _log = logging.getLogger("cellstill")
 
@@ -130,7 +128,8 @@ class CondensationProblem:
         InvalidCountsError
             The layer holds no counts.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         if n_top_genes is not None:
             n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
         check_unique_genes(adata.var_names)
@@ -183,7 +182,8 @@ class CondensationProblem:
         GeneMismatchError
             Genes that it does not have.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         last = max((int(part.max()) for part in rows.values() if len(part)), default=-1)
         if last >= adata.n_obs:
             raise InvalidArgumentError(
@@ -227,6 +227,25 @@ class CondensationProblem:
         """
         budget = whole_number("samples_per_class", samples_per_class, least=1)
         return np.minimum(budget, np.bincount(self.train.codes, minlength=self.n_classes))
+
+
+def check_anndata(adata: object) -> None:
+    """Refuse what is no AnnData."""
+    if not isinstance(adata, AnnData):
+        remedy = (
+            "Give one of its modalities: mdata['rna']" if is_mudata(adata) else "Read a file with anndata.read_h5ad"
+        )
+        raise InvalidArgumentError(f"adata is of type {type(adata).__name__}, and an AnnData is needed. {remedy}.")
+
+
+def label_keys(labels_key: object) -> list[str]:
+    """Columns that ``labels_key`` names, one or several."""
+    keys = [labels_key] if isinstance(labels_key, str) or not isinstance(labels_key, Iterable) else list(labels_key)
+    if not all(isinstance(key, str) for key in keys):
+        raise InvalidArgumentError(
+            f"labels_key={labels_key!r} has to name a column of adata.obs, or several in a list."
+        )
+    return keys
 
 
 def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], tuple[Task, ...]]:
