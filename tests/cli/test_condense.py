@@ -695,7 +695,8 @@ def test_bad_input(cellstill, cells, write, here, case):
     spoil, args, remedy = BAD[case]
     spoil(cells)
     path = write(cells)
-    result = cellstill("condense", path, "--label-key", "cell_type", *args)
+    out = [] if "--out" in args else ["--out", "new/newer/out"]
+    result = cellstill("condense", path, "--label-key", "cell_type", *args, *out)
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = (line for line in result.stderr.splitlines() if not line.startswith(("warning: ", "stage: ")))

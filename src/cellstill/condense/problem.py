@@ -238,7 +238,7 @@ def check_anndata(adata: object) -> None:
         raise InvalidArgumentError(f"adata is of type {type(adata).__name__}, and an AnnData is needed. {remedy}.")
 
 
-def label_keys(labels_key: object) -> list[str]:
+def label_keys(labels_key: Any) -> list[str]:
     """Columns that ``labels_key`` names, one or several."""
     keys = [labels_key] if isinstance(labels_key, str) or not isinstance(labels_key, Iterable) else list(labels_key)
     if not all(isinstance(key, str) for key in keys):
