@@ -140,6 +140,12 @@ def test_condensed_cells_are_counts_with_labels_codes_and_provenance(trained, co
     assert told["n_real"] == len(model.problem.train)
     assert told["latent"] == "autoencoder"
     assert told["matching"]["n_steps"] == 6
+    assert (told["labels_key"], told["layer"], told["donor_key"]) == (["cell_type"], "counts", "donor")
+    assert (told["n_top_genes"], told["validation_size"], told["training_seed"]) == (2000, 0.15, 0)
+    assert LatentConfig(**told["latent_settings"]) == model.latent_settings
+    assert GeneratorConfig(**told["generator_settings"]) == model.generator_settings
+    assert dict(zip(told["classes"], told["of_class"], strict=True)) == dict.fromkeys(model.classes, 3)
+    assert told["cells"] == model.problem.fingerprint()
     best = int(np.argmax(condensed.uns["scdd"]["choice"]["mean"]))
     assert condensed.uns["scdd"]["choice"]["start"][best] == told["start"]
     assert condensed.uns["scdd"]["choice"]["steps"][best] == told["matching_steps"]
@@ -208,7 +214,7 @@ def test_same_seed_same_file_and_other_seed_other_cells(trained, condensed):
     one, same, other = (trained.model.condense(3, seed=seed, **how) for seed in (0, None, 1))
     assert_same_cells(one, same)
     assert not np.array_equal(one.X.toarray(), other.X.toarray())
-    assert provenance_of(other)["seed"] == 1
+    assert (provenance_of(other)["seed"], provenance_of(other)["training_seed"]) == (1, 0)
 
 
 def test_training_repeats_itself(trained):
@@ -263,7 +269,9 @@ def test_number_and_seed_of_generated_cells(trained):
     one, same, other = (model.generate("T cell", 5, counts="rounded", seed=seed) for seed in (0, 0, 1))
     assert_same_cells(one, same)
     assert not np.array_equal(one.X.toarray(), other.X.toarray())
-    assert provenance_of(one)["method"] == "SCDD.generate"
+    told = provenance_of(other)
+    assert (told["method"], told["seed"], told["training_seed"]) == ("SCDD.generate", 1, 0)
+    assert told["cells"] == model.problem.fingerprint()
 
 
 def test_generated_cells_of_different_classes_and_seeds_have_nothing_in_common(trained):

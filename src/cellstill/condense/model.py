@@ -293,7 +293,8 @@ class SCDD(RegisteredModel):
         Returns
         -------
         Synthetic cells: counts in ``X``, labels in ``obs`` (integers, truth values or text, as they were), codes in
-        ``obsm["X_scdd"]``, provenance and the candidates' scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]``
+        ``obsm["X_scdd"]``, in ``uns["scdd"]`` the candidates' scores and the provenance: keys, settings and seeds, the
+        names of the classes, and a fingerprint of the cells of training. In ``obsm["X_scdd_latent"]``
         points of the latent space, each of its row's class but not always its row's cell: chosen for classifiers that
         see :meth:`get_latent_representation` of new cells.
 
@@ -331,7 +332,7 @@ class SCDD(RegisteredModel):
                 "start": found.start,
                 "matching_steps": found.n_steps,
                 "matching": asdict(matching),
-                "latent": self._latent_name(),
+                **self._origin(),
                 "n_real": len(problem.train),
                 "n_synthetic": len(found.cells),
                 "of_class": np.bincount(found.cells.codes, minlength=problem.n_classes),
@@ -385,7 +386,7 @@ class SCDD(RegisteredModel):
         )
         z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
         cells = space.render(Rendering(counts), z, codes, drawn)
-        told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
+        told = {"method": "SCDD.generate", "seed": seed, "counts": counts, **self._origin()}
         found = to_anndata(
             cells, classes, fitted.tasks, fitted.genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()}
         )
@@ -499,6 +500,21 @@ class SCDD(RegisteredModel):
         self.module = torch.nn.ModuleDict({"autoencoder": space.autoencoder, "generator": space.generator})
         self.history_ = space.history
         self.is_trained_ = True
+
+    def _origin(self) -> dict[str, Any]:
+        """What the model was trained on, and how, for the provenance of its cells."""
+        fitted = self._fitted()
+        return {
+            **{name: self._setup[name] for name in ("labels_key", "layer", "donor_key")},
+            "classes": list(fitted.classes),
+            "cells": fitted.fingerprint,
+            "n_top_genes": self.n_top_genes,
+            "validation_size": self.validation_size,
+            "latent": self._latent_name(),
+            "latent_settings": asdict(fitted.space.autoencoder.config),
+            "generator_settings": asdict(fitted.space.config),
+            "training_seed": self.seed,
+        }
 
     def _latent_name(self) -> str:
         return self.latent if isinstance(self.latent, str) else type(self.latent).__name__
