@@ -234,6 +234,7 @@ def test_baselines_of_the_latent_space_share_the_one_that_was_trained(cellstill,
     args = ["--label-key", "cell_type", "--obsm-key", "X_known", "--seeds", "2", "--evaluator", "knn", "--spc", "2"]
     result = cellstill("condense", write(cells), "--evaluate", *args, *baselines, *QUICK, "--out", "out")
     assert result.exit_code == 0, result.stderr
+    assert " test cells, 1 evaluator, which reaches a macro-F1 of " in result.stdout
     scores = pd.read_csv(here / "out" / "evaluation.csv").set_index("method")
     assert set(scores.index) == {"scdd", *names}
     # Features of four dimensions in float32.
@@ -529,7 +530,7 @@ OTHER_SETTINGS = [
 
 
 def test_every_other_setting_is_named_before_anything_is_trained(cellstill, cells, write, here, monkeypatch):
-    cells.layers["counts"], cells.obsm["X_known"] = cells.X.copy(), np.ones((cells.n_obs, 2))
+    cells.layers["counts"], cells.obsm["X_known"] = cells.X.copy(), np.eye(cells.n_obs, 2)
     cells.obs["donor"] = [f"d{i % 5}" for i in range(cells.n_obs)]
     given = {"--label-key": "cell_type", "--spc": "2", "--n-top-genes": "50"}
     given |= dict(zip(QUICK[::2], QUICK[1::2], strict=True))

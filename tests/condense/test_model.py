@@ -104,6 +104,36 @@ def test_integer_and_boolean_labels_come_back_as_they_were(trained, tmp_path, ki
     assert np.asarray(generated.obs["label"]).tolist() == [last] * 3
 
 
+def test_ordered_labels_come_back_in_their_order(trained, tmp_path):
+    adata = trained.adata.copy()
+    adata.obs["stage"] = pd.Categorical(adata.obs["stage"], categories=["late", "early"], ordered=True)
+    SCDD.setup_anndata(adata, ["stage", "cell_type"], layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    model.save(tmp_path / "model")
+    for made in (model.generate("late | T cell", 2), SCDD.load(tmp_path / "model").generate("late | T cell", 2)):
+        assert made.obs["stage"].cat.ordered
+        assert made.obs["stage"].cat.categories.tolist() == ["late", "early"]
+        assert not made.obs["cell_type"].cat.ordered
+
+
+def test_parts_of_the_cells_are_known_after_training_and_loading(trained):
+    for model in (trained.model, SCDD.load(trained.path, trained.adata.copy()), SCDD.load(trained.path)):
+        learned, chose = model.train_indices, model.validation_indices
+        assert sorted([*learned, *chose]) == list(range(420))
+        assert len(model.test_indices) == 0
+        donors = trained.adata.obs["donor"].to_numpy()
+        assert not set(donors[learned]) & set(donors[chose])
+
+
+def test_loading_with_other_values_says_where_the_model_reads_counts(trained):
+    adata = trained.adata.copy()
+    adata.X, adata.layers["counts"] = adata.layers["counts"], adata.layers["counts"].log1p()
+    before = set(adata.uns)
+    with pytest.raises(InvalidCountsError, match=r"The model reads adata.layers\['counts'\]. Put counts there"):
+        SCDD.load(trained.path, adata)
+    assert set(adata.uns) == before
+
+
 def test_a_label_may_be_given_as_the_integer_that_it_is(trained):
     adata = trained.adata.copy()
     adata.obs["label"] = (adata.obs["stage"] == "late").to_numpy().astype(int)
@@ -350,7 +380,7 @@ def test_an_embedding_teaches(trained, form):
     [
         ("X_nothing", MissingKeyError, "latent='X_nothing' is not in adata.obsm"),
         (7, InvalidArgumentError, "latent=7 embeds no cells"),
-        ("holes", InvalidArgumentError, r"adata.obsm\['holes'\] has shape \(420, 2\) and 1 values that are not finite"),
+        ("holes", InvalidArgumentError, r"adata.obsm\['holes'\] has 1 values that are not finite"),
     ],
 )
 def test_bad_latent(trained, latent, error, message):

@@ -130,3 +130,12 @@ def test_an_encoder_that_normalises_in_place_is_named(adata, place):
     np.testing.assert_array_equal(embed(OnCopy(Z), adata), Z)
     with pytest.raises(InvalidArgumentError, match=re.escape(f"InPlace.get_latent_representation changed {place} of")):
         embed(InPlace(Z), adata)
+
+
+def test_only_what_is_wrong_with_an_embedding_is_said(adata):
+    for found, fault in ((Z[:3], "shape (3, 3)"), (np.where(Z == 4, np.nan, Z), "1 values that are not finite")):
+        with pytest.raises(InvalidArgumentError, match=re.escape(f"has {fault}. A finite matrix")):
+            embed(Encoder(found), adata)
+    adata.obsm["constant"] = np.tile(Z[:1], (4, 1))
+    with pytest.raises(InvalidArgumentError, match="is the same for all 4 cells, so that it tells nothing"):
+        embed("constant", adata)

@@ -186,9 +186,10 @@ def evaluation_tables(evaluation: Evaluation, width: int) -> list[tuple[str, Tab
             if unbounded.measure(table).maximum <= width:
                 break
         reached = full.loc[full["task"] == task, "macro_f1"].mean()
+        n = len(evaluation.evaluators)
+        judges = "1 evaluator, which reaches" if n == 1 else f"{n} evaluators, which reach"
         title = (
-            f"{task}: {len(evaluation.problem.test):,} test cells, {len(evaluation.evaluators)} evaluators, which "
-            f"reach a macro-F1 of {reached:.3f} with all cells"
+            f"{task}: {len(evaluation.problem.test):,} test cells, {judges} a macro-F1 of {reached:.3f} with all cells"
         )
         found.append((title, table))
     return found

@@ -98,8 +98,8 @@ class Fitted:
     def restore(cls, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Fitted:
         """Build from :meth:`tensors` and :meth:`config`."""
         tasks = tuple(
-            # Models saved by earlier versions do not know the types of labels; theirs are text.
-            Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64), t.get("dtype", "str"))
+            # Models saved by earlier versions do not know the types of labels; theirs are text without order.
+            Task(**{"dtype": "str"} | t | {"names": tuple(t["names"]), "of_class": np.asarray(t["of_class"], np.int64)})
             for t in config["tasks"]
         )
         return cls(

@@ -479,8 +479,9 @@ class SCDD(RegisteredModel):
         else:
             check_anndata(adata)
             fitted.check_number(adata.n_obs)
-            cls.setup_anndata(adata, setup["labels_key"], **where)
+            # First, because it says where the model reads counts, of which setting up would offer a choice.
             problem = fitted.attach(adata, **where)
+            cls.setup_anndata(adata, setup["labels_key"], **where)
         model = cls(
             adata,
             n_top_genes=config["n_top_genes"],
@@ -499,6 +500,9 @@ class SCDD(RegisteredModel):
         space = fitted.space
         self.module = torch.nn.ModuleDict({"autoencoder": space.autoencoder, "generator": space.generator})
         self.history_ = space.history
+        self.train_indices_, self.validation_indices_, self.test_indices_ = (
+            fitted.rows[part] for part in ("train", "validation", "test")
+        )
         self.is_trained_ = True
 
     def _origin(self) -> dict[str, Any]:

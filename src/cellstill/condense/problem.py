@@ -42,12 +42,15 @@ class Task:
         Category of each class, int64, shape ``(n_classes,)``.
     dtype
         Of the categories: ``"int64"``, ``"bool"``, or ``"str"`` for all else.
+    ordered
+        Whether the order of the categories has a meaning.
     """
 
     key: str
     names: tuple[str, ...]
     of_class: np.ndarray
     dtype: str = "str"
+    ordered: bool = False
 
     @property
     def categories(self) -> pd.Index[Any]:
@@ -277,10 +280,14 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
             "categories that contain ' | '."
         )
     tasks = tuple(
-        Task(key, known, combinations[:, k].astype(np.int64), _dtype(column))
+        Task(key, known, combinations[:, k].astype(np.int64), _dtype(column), _is_ordered(column))
         for k, (key, known, column) in enumerate(zip(keys, names, columns, strict=True))
     )
     return codes.ravel().astype(np.int64), classes, tasks
+
+
+def _is_ordered(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.CategoricalDtype) and bool(column.dtype.ordered)
 
 
 def _dtype(column: pd.Series) -> str:

@@ -48,7 +48,7 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
         There is no such key.
     InvalidArgumentError
         ``source`` embeds nothing or takes no cells, changes ``X`` or a layer of the cells in place, or what it gives is
-        not a finite matrix with a row for each cell.
+        not a finite matrix with a row for each cell, or the same for all cells.
     """
     found: Any
     if isinstance(source, str):
@@ -81,10 +81,15 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
             f"{argument}: {name} holds no numbers ({error}). Give a matrix of numbers."
         ) from error
     is_matrix = embedding.ndim == 2 and embedding.shape[0] == adata.n_obs and embedding.shape[1] > 0
-    if not is_matrix or not np.isfinite(embedding).all():
+    n_bad = int((~np.isfinite(embedding)).sum())
+    if not is_matrix or n_bad:
+        fault = f"{n_bad} values that are not finite" if is_matrix else f"shape {embedding.shape}"
         raise InvalidArgumentError(
-            f"{argument}: {name} has shape {embedding.shape} and {int((~np.isfinite(embedding)).sum())} values that "
-            f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
+            f"{argument}: {name} has {fault}. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
+        )
+    if adata.n_obs > 1 and (embedding == embedding[0]).all():
+        raise InvalidArgumentError(
+            f"{argument}: {name} is the same for all {adata.n_obs} cells, so that it tells nothing. Give another."
         )
     return embedding
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cellstill.errors import CellstillWarning
 from cellstill.metrics._donor_attacks import COPY, Projection, nearest
 from cellstill.metrics._gene_agreement import check_integers, same_genes
 
@@ -62,6 +64,11 @@ def distance_to_closest_record(
     ------
     InvalidArgumentError
         The sets differ in genes, or real cells are not integer counts.
+
+    Warns
+    -----
+    CellstillWarning
+        Held-out cells are among those of training.
     """
     s, t, h = same_genes(synthetic=synthetic, training=training, held_out=held_out)
     check_integers(training=t, held_out=h)
@@ -69,6 +76,15 @@ def distance_to_closest_record(
     project = Projection(t, n_comps, seed)
     records = project(t)
     of_synthetic, of_control = (nearest(records, project(x), 1) for x in (s, h))
+    # Not in shares of the distances of the control, which are 0 where all of it is copied.
+    n_known = int((of_control <= COPY * np.median(np.linalg.norm(records - records.mean(axis=0), axis=1))).sum())
+    if n_known:
+        warnings.warn(
+            f"{n_known} of {len(of_control)} held_out cells are cells of training: the control is too close, and "
+            "copies are missed. Give held_out cells that the synthetic ones were not made of.",
+            CellstillWarning,
+            stacklevel=2,
+        )
     (low, median), (control_low, control_median) = (np.quantile(d, [0.05, 0.5]) for d in (of_synthetic, of_control))
     return ClosestRecord(
         median=float(median),
