@@ -3,12 +3,14 @@ from __future__ import annotations
 import warnings
 from itertools import product
 
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
+from cellstill import SCDD
 from cellstill.condense.cells import Features, LabelledCells
 from cellstill.condense.genes import variable_genes
 from cellstill.condense.problem import CondensationProblem, read_labels
@@ -33,6 +35,11 @@ def labelled(n_obs: int = 120, n_vars: int = 30, seed: int = 0, **obs) -> AnnDat
     table = pd.DataFrame({"cell_type": [f"t{k}" for k in kind], **obs}, index=[f"c{i}" for i in range(n_obs)])
     var = pd.DataFrame(index=[f"g{i}" for i in range(n_vars)])
     return AnnData(sp.csr_matrix(rng.poisson(rate).astype(np.float32)), obs=table, var=var)
+
+
+def mudata_of(adata: AnnData) -> mudata.MuData:
+    with mudata.set_options(pull_on_update=False):
+        return mudata.MuData({"rna": adata})
 
 
 def assert_same(one: CondensationProblem, other: CondensationProblem) -> None:
@@ -93,6 +100,52 @@ def test_expression_is_log1p_of_ten_thousand_shares():
     cells = LabelledCells(sp.csr_matrix(counts), np.array([0, 1]))
     expected = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(cells.expression().toarray(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "codes", "match"),
+    [
+        (np.eye(3), np.arange(3), "counts is of type ndarray, and a CSR matrix is needed"),
+        (sp.csc_matrix(np.eye(3)), np.arange(3), "counts is of type csc_matrix, and a CSR"),
+        (
+            sp.csr_matrix(np.eye(3)),
+            np.arange(3.0),
+            r"codes is an array of float64 and shape \(3,\), and an .* integers",
+        ),
+        (sp.csr_matrix(np.eye(3)), np.array(list("abc")), "codes is an array of <U1"),
+        (sp.csr_matrix(np.eye(3)), np.zeros((3, 1), dtype=np.int64), r"codes is an array of int64 and shape \(3, 1\)"),
+        (sp.csr_matrix(np.eye(3)), [0, 1, 2], "codes is of type list"),
+    ],
+    ids=["dense", "csc", "fractions", "names", "column", "list"],
+)
+def test_cells_of_other_types_are_refused(counts, codes, match):
+    with pytest.raises(InvalidArgumentError, match=match):
+        LabelledCells(counts, codes)
+    if match.startswith("codes"):
+        with pytest.raises(InvalidArgumentError, match=match):
+            Features(np.eye(3), codes, len)
+
+
+@pytest.mark.parametrize(
+    ("adata", "key", "match"),
+    [
+        ("cells.h5ad", "cell_type", "adata is of type str, and an AnnData is needed. Read a file with"),
+        (pd.DataFrame({"cell_type": list("ab")}), "cell_type", "adata is of type DataFrame"),
+        (mudata_of(AnnData(np.eye(2))), "cell_type", r"adata is of type MuData, .*mdata\['rna'\]"),
+        (AnnData(np.eye(2)), None, "labels_key=None has to name a column"),
+        (AnnData(np.eye(2)), 3, "labels_key=3 has to name a column of adata.obs, or several in a list"),
+        (AnnData(np.eye(2)), ["cell_type", 3], r"labels_key=\['cell_type', 3\] has to name"),
+    ],
+    ids=["path", "frame", "mudata", "no-key", "number", "number-in-list"],
+)
+def test_other_containers_and_keys_are_refused(adata, key, match):
+    for call in (
+        CondensationProblem.from_anndata,
+        SCDD.setup_anndata,
+        lambda adata, key: CondensationProblem.from_rows(adata, key, {}, np.array(["g0"])),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            call(adata, key)
 
 
 def test_cells_without_a_class_each_are_refused():
@@ -249,7 +302,7 @@ def test_order_of_genes_changes_neither_split_nor_cells():
         np.testing.assert_array_equal(getattr(one, part).counts.toarray(), moved)
 
 
-def test_genes_are_chosen_on_training_cells_only():
+def test_genes_are_chosen_on_training_cells_only(caplog):
     adata = labelled(n_vars=60)
     rows = CondensationProblem.from_anndata(adata, "cell_type").rows
     counts = adata.X.toarray()
@@ -265,9 +318,13 @@ def test_genes_are_chosen_on_training_cells_only():
     assert len(chosen) == 16
     assert "g51" in chosen
     assert "g50" not in chosen
-    every = CondensationProblem.from_anndata(adata, "cell_type", n_top_genes=None).genes
-    assert len(every) == 59
-    assert "g52" not in every
+    for n_top_genes, told in ((None, True), (60, True), (59, False), (20, False)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="cellstill"):
+            genes = CondensationProblem.from_anndata(adata, "cell_type", n_top_genes=n_top_genes).genes
+        assert len(genes) == min(n_top_genes or 59, 59)
+        assert "g52" not in genes
+        assert ("Left out, without counts in the training cells: 1 of 60 genes." in caplog.text) == told
 
 
 def test_chosen_genes_are_those_with_the_largest_pearson_residuals():
@@ -324,10 +381,11 @@ def test_combinations_whose_names_would_be_equal_are_refused():
         ("absent", MissingKeyError, "labels_key='absent' is not in adata.obs.*'cell_type'"),
         ("holes", InvalidArgumentError, r"adata.obs\['holes'\] is missing for 40 of 120 cells"),
         ("constant", InvalidArgumentError, "labels_key='constant': all cells are labelled 'same'"),
+        (["cell_type", "constant"], InvalidArgumentError, "'constant': all cells are labelled 'same'.*Leave it out"),
         ([], InvalidArgumentError, r"labels_key=\[\] has to name"),
         (["cell_type", "cell_type"], InvalidArgumentError, "several different"),
     ],
-    ids=["no-column", "NaN", "one-class", "none", "twice"],
+    ids=["no-column", "NaN", "one-class", "one-category-beside-others", "none", "twice"],
 )
 def test_bad_labels(key, error, message):
     adata = labelled(constant="same", holes=[None if i % 3 == 0 else "x" for i in range(120)])
@@ -353,6 +411,10 @@ def test_labels_that_are_missing_as_text_are_refused(written, categorical):
 
 def test_all_texts_that_stand_for_missing_labels_are_named():
     adata = labelled(label=[("NA", "", "T", "B")[i % 4] for i in range(120)])
+    with pytest.raises(InvalidArgumentError, match=r"donor_key: adata.obs\['label'\] is missing for 60 .*of a donor"):
+        CondensationProblem.from_anndata(adata, "cell_type", donor_key="label")
+    with pytest.raises(InvalidArgumentError, match=r"donor_key: adata.obs\['label'\] is missing for 60"):
+        SCDD.setup_anndata(adata, "cell_type", donor_key="label")
     with pytest.raises(InvalidArgumentError, match=r"missing for 60 of 120 cells, which are labelled '', 'NA'\. "):
         read_labels(adata, ["label"])
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from anndata import AnnData
 
@@ -30,7 +31,6 @@ def labelled_counts(seed: int = 0) -> AnnData:
         rate[np.ix_(kind == k, np.arange(10 * k, 10 * k + 10))] = 1.6
     rate[np.ix_(condition == 1, np.arange(45, 55))] = 1.6
     obs = pd.DataFrame({"cell_type": [f"t{k}" for k in kind], "condition": [f"c{c}" for c in condition]})
-    obs["constant"] = "same"
     return AnnData(rng.poisson(rate).astype(np.float32), obs=obs.set_index(obs.index.astype(str)))
 
 
@@ -220,10 +220,30 @@ def test_a_problem_without_test_cells_is_refused_before_anything_is_condensed():
         evaluate(untested, {"never": lambda *args: pytest.fail("condensed")}, seeds=[0], evaluators=["knn"])
 
 
-def test_a_task_of_one_category_is_refused():
-    both = CondensationProblem.from_anndata(labelled_counts(), ["cell_type", "constant"])
-    with pytest.raises(InvalidArgumentError, match="'constant' has one category, 'same'"):
-        evaluate(both, ["random"], samples_per_class=[1], seeds=[0], evaluators=["knn"])
+def normalised_in_place(problem, samples_per_class, seed):
+    cells = first_cells(problem, samples_per_class, seed)
+    adata = AnnData(problem.train.counts)
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    return cells
+
+
+def encoded_in_place(problem, samples_per_class, seed):
+    def encode(cells: LabelledCells) -> np.ndarray:
+        cells.counts.data *= 2
+        return cells.counts.toarray()
+
+    cells = first_cells(problem, samples_per_class, seed)
+    return Features(cells.counts.toarray(), cells.codes, encode)
+
+
+@pytest.mark.parametrize("method", [normalised_in_place, encoded_in_place])
+def test_a_method_that_changes_the_problem_is_named_before_others_run(method):
+    """AnnData does not copy, so that scanpy works on the problem's own counts."""
+    own = CondensationProblem.from_anndata(labelled_counts(), "cell_type", train_size=0.5)
+    methods = {"mine": method, "never": lambda *args: pytest.fail("condensed")}
+    with pytest.raises(InvalidArgumentError, match="'mine' changed the cells of the problem in place.*a copy"):
+        evaluate(own, methods, samples_per_class=[1], seeds=[0], evaluators=["knn"])
 
 
 def test_a_class_without_test_cells_does_not_count():

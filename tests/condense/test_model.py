@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -103,6 +104,36 @@ def test_integer_and_boolean_labels_come_back_as_they_were(trained, tmp_path, ki
     assert np.asarray(generated.obs["label"]).tolist() == [last] * 3
 
 
+def test_ordered_labels_come_back_in_their_order(trained, tmp_path):
+    adata = trained.adata.copy()
+    adata.obs["stage"] = pd.Categorical(adata.obs["stage"], categories=["late", "early"], ordered=True)
+    SCDD.setup_anndata(adata, ["stage", "cell_type"], layer="counts")
+    model = SCDD(adata, **TINY).train(progress=False)
+    model.save(tmp_path / "model")
+    for made in (model.generate("late | T cell", 2), SCDD.load(tmp_path / "model").generate("late | T cell", 2)):
+        assert made.obs["stage"].cat.ordered
+        assert made.obs["stage"].cat.categories.tolist() == ["late", "early"]
+        assert not made.obs["cell_type"].cat.ordered
+
+
+def test_parts_of_the_cells_are_known_after_training_and_loading(trained):
+    for model in (trained.model, SCDD.load(trained.path, trained.adata.copy()), SCDD.load(trained.path)):
+        learned, chose = model.train_indices, model.validation_indices
+        assert sorted([*learned, *chose]) == list(range(420))
+        assert len(model.test_indices) == 0
+        donors = trained.adata.obs["donor"].to_numpy()
+        assert not set(donors[learned]) & set(donors[chose])
+
+
+def test_loading_with_other_values_says_where_the_model_reads_counts(trained):
+    adata = trained.adata.copy()
+    adata.X, adata.layers["counts"] = adata.layers["counts"], adata.layers["counts"].log1p()
+    before = set(adata.uns)
+    with pytest.raises(InvalidCountsError, match=r"The model reads adata.layers\['counts'\]. Put counts there"):
+        SCDD.load(trained.path, adata)
+    assert set(adata.uns) == before
+
+
 def test_a_label_may_be_given_as_the_integer_that_it_is(trained):
     adata = trained.adata.copy()
     adata.obs["label"] = (adata.obs["stage"] == "late").to_numpy().astype(int)
@@ -139,6 +170,12 @@ def test_condensed_cells_are_counts_with_labels_codes_and_provenance(trained, co
     assert told["n_real"] == len(model.problem.train)
     assert told["latent"] == "autoencoder"
     assert told["matching"]["n_steps"] == 6
+    assert (told["labels_key"], told["layer"], told["donor_key"]) == (["cell_type"], "counts", "donor")
+    assert (told["n_top_genes"], told["validation_size"], told["training_seed"]) == (2000, 0.15, 0)
+    assert LatentConfig(**told["latent_settings"]) == model.latent_settings
+    assert GeneratorConfig(**told["generator_settings"]) == model.generator_settings
+    assert dict(zip(told["classes"], told["of_class"], strict=True)) == dict.fromkeys(model.classes, 3)
+    assert told["cells"] == model.problem.fingerprint()
     best = int(np.argmax(condensed.uns["scdd"]["choice"]["mean"]))
     assert condensed.uns["scdd"]["choice"]["start"][best] == told["start"]
     assert condensed.uns["scdd"]["choice"]["steps"][best] == told["matching_steps"]
@@ -207,7 +244,7 @@ def test_same_seed_same_file_and_other_seed_other_cells(trained, condensed):
     one, same, other = (trained.model.condense(3, seed=seed, **how) for seed in (0, None, 1))
     assert_same_cells(one, same)
     assert not np.array_equal(one.X.toarray(), other.X.toarray())
-    assert provenance_of(other)["seed"] == 1
+    assert (provenance_of(other)["seed"], provenance_of(other)["training_seed"]) == (1, 0)
 
 
 def test_training_repeats_itself(trained):
@@ -262,7 +299,20 @@ def test_number_and_seed_of_generated_cells(trained):
     one, same, other = (model.generate("T cell", 5, counts="rounded", seed=seed) for seed in (0, 0, 1))
     assert_same_cells(one, same)
     assert not np.array_equal(one.X.toarray(), other.X.toarray())
-    assert provenance_of(one)["method"] == "SCDD.generate"
+    told = provenance_of(other)
+    assert (told["method"], told["seed"], told["training_seed"]) == ("SCDD.generate", 1, 0)
+    assert told["cells"] == model.problem.fingerprint()
+
+
+def test_generated_cells_of_different_classes_and_seeds_have_nothing_in_common(trained):
+    made = [trained.model.generate(name, 200, seed=seed) for name in trained.model.classes[:2] for seed in (0, 1)]
+    for one, other in itertools.combinations(made, 2):
+        noise = np.corrcoef(one.obsm["X_scdd"].ravel(), other.obsm["X_scdd"].ravel())[0, 1]
+        depth = np.corrcoef(*(np.log(cells.X.sum(axis=1).A1) for cells in (one, other)))[0, 1]
+        assert abs(noise) < 0.12
+        assert abs(depth) < 0.3
+    assert made[0].obs_names[0] == "B cell-0-0"
+    assert anndata.concat(made).obs_names.is_unique
 
 
 @pytest.mark.parametrize(
@@ -330,7 +380,7 @@ def test_an_embedding_teaches(trained, form):
     [
         ("X_nothing", MissingKeyError, "latent='X_nothing' is not in adata.obsm"),
         (7, InvalidArgumentError, "latent=7 embeds no cells"),
-        ("holes", InvalidArgumentError, r"adata.obsm\['holes'\] has shape \(420, 2\) and 1 values that are not finite"),
+        ("holes", InvalidArgumentError, r"adata.obsm\['holes'\] has 1 values that are not finite"),
     ],
 )
 def test_bad_latent(trained, latent, error, message):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
@@ -107,3 +110,32 @@ def test_text_in_obsm_is_refused_with_its_key(adata):
     adata.obsm["notes"] = pd.DataFrame({"a": list("wxyz")}, index=adata.obs_names)
     with pytest.raises(InvalidArgumentError, match=r"latent: adata.obsm\['notes'\] holds no numbers"):
         embed("notes", adata)
+
+
+@pytest.mark.parametrize("place", ["adata.X", "adata.layers['counts']"])
+def test_an_encoder_that_normalises_in_place_is_named(adata, place):
+    adata.layers["counts"] = sp.csr_matrix(adata.X * 2)
+    adata.layers["odd"] = np.full((4, 2), np.nan)
+
+    class InPlace(Encoder):
+        def get_latent_representation(self, adata: AnnData) -> object:
+            adata.layers["new"] = adata.X.copy()
+            sc.pp.normalize_total(adata, target_sum=1e4, layer=None if place == "adata.X" else "counts")
+            return self.found
+
+    class OnCopy(InPlace):
+        def get_latent_representation(self, adata: AnnData) -> object:
+            return super().get_latent_representation(adata.copy())
+
+    np.testing.assert_array_equal(embed(OnCopy(Z), adata), Z)
+    with pytest.raises(InvalidArgumentError, match=re.escape(f"InPlace.get_latent_representation changed {place} of")):
+        embed(InPlace(Z), adata)
+
+
+def test_only_what_is_wrong_with_an_embedding_is_said(adata):
+    for found, fault in ((Z[:3], "shape (3, 3)"), (np.where(Z == 4, np.nan, Z), "1 values that are not finite")):
+        with pytest.raises(InvalidArgumentError, match=re.escape(f"has {fault}. A finite matrix")):
+            embed(Encoder(found), adata)
+    adata.obsm["constant"] = np.tile(Z[:1], (4, 1))
+    with pytest.raises(InvalidArgumentError, match="is the same for all 4 cells, so that it tells nothing"):
+        embed("constant", adata)

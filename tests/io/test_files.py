@@ -34,6 +34,21 @@ def test_what_was_there_stays_if_the_block_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_folders_that_were_made_go_if_the_block_fails_unless_something_is_in_them(tmp_path):
+    def break_off(*left: str):
+        with atomic_file(tmp_path / "a" / "b" / "table.csv"):
+            for name in left:
+                (tmp_path / name).write_text("")
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        break_off()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError):
+        break_off("a/other")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+
+
 def test_folders_and_impossible_paths_are_named(tmp_path):
     with pytest.raises(StoreError, match="is a folder, not a file"), atomic_file(tmp_path):
         raise AssertionError("the block ran")

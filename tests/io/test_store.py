@@ -54,6 +54,11 @@ def test_an_error_leaves_nothing_new_and_everything_old(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         fail(overwrite=False)
     assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with pytest.raises(RuntimeError, match="stop"), atomic_directory(tmp_path / "old" / "new" / "newer" / "out"):
+        raise RuntimeError("stop")
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    (tmp_path / "old").rmdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
     with pytest.raises(RuntimeError, match="stop"):

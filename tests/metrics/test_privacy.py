@@ -364,6 +364,28 @@ def test_donors_have_to_be_known(cohort):
         membership_inference(strangers[:, :9], x, donors, members=MEMBERS)
 
 
+def test_held_out_cells_that_are_cells_of_training_are_warned_of(cohort):
+    x = cohort[0]
+    for held_out, n in ((x[:300], 300), (x[390:600], 10)):
+        with pytest.warns(CellstillWarning, match=rf"{n} of {held_out.shape[0]} held_out cells are cells of training"):
+            distance_to_closest_record(x[:50], x[:400], held_out)
+
+
+def test_real_cells_have_to_be_counts_and_synthetic_ones_may_be_expected(cohort):
+    x, donors, strangers = cohort
+    expected, normalised = strangers[:50] * 0.9, x.log1p()
+    for call in (
+        lambda real: membership_inference(expected, real, donors, members=MEMBERS),
+        lambda real: paired_membership_inference((expected, expected), real, donors, members=(FIRST, SECOND)),
+    ):
+        with pytest.raises(InvalidArgumentError, match="real has values that are not integers .*raw counts"):
+            call(normalised)
+    for training, held_out, name in ((normalised, x, "training"), (x, normalised, "held_out")):
+        with pytest.raises(InvalidArgumentError, match=f"{name} has values that are not integers"):
+            distance_to_closest_record(expected, training, held_out)
+    assert distance_to_closest_record(expected, x[:400], x[400:700]).copies == 0
+
+
 def test_an_anndata_in_place_of_counts_is_named(cohort):
     import anndata
 

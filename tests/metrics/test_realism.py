@@ -308,6 +308,13 @@ def test_cells_of_wrong_classes_are_not_recovered_and_the_control_is(parts, of_r
     assert t.loc["class_recovery", "control"] == pytest.approx(of_real_cells.loc["class_recovery", "control"], abs=0.03)
 
 
+def test_real_cells_of_the_table_have_to_be_counts(parts):
+    (r, rl), (c, cl), (s, sl) = parts
+    for real, control, name in ((r.log1p(), c, "real"), (r, c.log1p(), "control")):
+        with pytest.raises(InvalidArgumentError, match=f"{name} has values that are not integers .*raw counts"):
+            realism_table(real, s, rl, sl, control=control, control_labels=cl)
+
+
 def test_without_a_control_the_real_cells_are_halved(parts):
     (r, rl), _, (s, sl) = parts
     t = realism_table(r, s, rl, sl, n_genes=60, n_estimators=30)

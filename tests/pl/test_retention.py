@@ -29,3 +29,9 @@ def test_means_and_extremes_of_seeds_are_drawn_inside_the_panel(sizes):
         low, high = axes.get_xlim()
         assert low < 0.9 * min(sizes)
         assert high > 1.1 * max(sizes)
+
+
+def test_one_evaluator_is_drawn_once():
+    scores = pd.DataFrame({"method": "ours", "samples_per_class": 1, "seed": [0, 1], "evaluator": "knn"})
+    figure = retention_figure(scores.assign(retention=[0.5, 0.7]))
+    assert [axes.get_title() for axes in figure.axes] == ["knn"]

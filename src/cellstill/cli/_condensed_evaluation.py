@@ -20,11 +20,10 @@ from cellstill.condense import (
     evaluate,
     get_evaluators,
 )
-from cellstill.condense.evaluate import Method, check_tasks, known_training, train_full
+from cellstill.condense.evaluate import Method, known_training, train_full
 from cellstill.condense.evaluated import Condensed
-from cellstill.condense.problem import _warn_about_small_classes, read_labels
+from cellstill.condense.problem import _warn_about_small_classes, read_donors, read_labels
 from cellstill.condense.splits import split_classes
-from cellstill.data.covariates import obs_column
 from cellstill.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -64,11 +63,10 @@ def hold_out(
     InvalidArgumentError
         A column of one category, fewer than three donors, or donors without whom a class has no cell to condense.
     """
-    codes, classes, tasks = read_labels(adata, keys)
-    check_tasks(tasks)
+    codes, classes, _ = read_labels(adata, keys)
     donors = None
     if donor_key is not None:
-        donors = obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = read_donors(adata, donor_key)
         names = np.unique(donors)
         if len(names) < 3:
             raise InvalidArgumentError(
@@ -188,9 +186,10 @@ def evaluation_tables(evaluation: Evaluation, width: int) -> list[tuple[str, Tab
             if unbounded.measure(table).maximum <= width:
                 break
         reached = full.loc[full["task"] == task, "macro_f1"].mean()
+        n = len(evaluation.evaluators)
+        judges = "1 evaluator, which reaches" if n == 1 else f"{n} evaluators, which reach"
         title = (
-            f"{task}: {len(evaluation.problem.test):,} test cells, {len(evaluation.evaluators)} evaluators, which "
-            f"reach a macro-F1 of {reached:.3f} with all cells"
+            f"{task}: {len(evaluation.problem.test):,} test cells, {judges} a macro-F1 of {reached:.3f} with all cells"
         )
         found.append((title, table))
     return found

@@ -38,9 +38,7 @@ def generate_cells(model: SCDD, seed: int) -> LabelledCells | None:
     problem = model.problem
     sizes = np.minimum(np.bincount(problem.train.codes, minlength=problem.n_classes) // 2, N_GENERATED)
     made = [
-        cells_of(model.generate(problem.classes[code], int(n), seed=seed + code), problem)
-        for code, n in enumerate(sizes)
-        if n
+        cells_of(model.generate(problem.classes[code], int(n), seed=seed), problem) for code, n in enumerate(sizes) if n
     ]
     if not made:
         return None

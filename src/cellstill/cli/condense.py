@@ -77,7 +77,12 @@ def condense(
     ] = StartChoice.auto,
     n_top_genes: Annotated[
         int,
-        typer.Option(min=0, help="Most variable genes kept; 0 keeps all.", metavar="N", rich_help_panel=_METHOD),
+        typer.Option(
+            min=0,
+            help="Most variable genes kept; 0 keeps all with counts.",
+            metavar="N",
+            rich_help_panel=_METHOD,
+        ),
     ] = 2000,
     obsm_key: Annotated[
         str | None,
@@ -202,6 +207,7 @@ def condense(
         from cellstill.cli._condensation import RESULTS, condense_file
         from cellstill.cli._condensed_model import DEFAULT_BASELINES, CondensationSettings
         from cellstill.errors import OtherRunError
+        from cellstill.io.partial import no_empty_parents
         from cellstill.io.store import atomic_directory
 
         settings = CondensationSettings(
@@ -231,18 +237,19 @@ def condense(
         refuse_own_input(path, folder)
         checkpoint = folder.parent / f".{folder.name}.checkpoint"
         _check_interrupted(checkpoint, resume=resume, overwrite=overwrite)
-        try:
-            with atomic_directory(folder, overwrite=overwrite, ours=RESULTS) as partial:
-                result = condense_file(settings, partial, checkpoint, term)
-        except OtherRunError:
-            raise
-        except BaseException:
-            if _holds_a_run(checkpoint):
-                words = f"what is done is kept in {checkpoint}; the same command with --resume goes on from there."
-                term.line("note", words, "bold")
-            else:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            raise
+        with no_empty_parents(folder.absolute()):
+            try:
+                with atomic_directory(folder, overwrite=overwrite, ours=RESULTS) as partial:
+                    result = condense_file(settings, partial, checkpoint, term)
+            except OtherRunError:
+                raise
+            except BaseException:
+                if _holds_a_run(checkpoint):
+                    words = f"what is done is kept in {checkpoint}; the same command with --resume goes on from there."
+                    term.line("note", words, "bold")
+                else:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         print_result(result, folder, term)
 

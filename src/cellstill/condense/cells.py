@@ -23,12 +23,23 @@ class LabelledCells:
         CSR, float32, shape ``(n, n_vars)``. Those of synthetic cells may be expectations.
     codes
         Class of each cell, int64, shape ``(n,)``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        ``counts`` is no CSR matrix, ``codes`` are no integers, or they are of different numbers of cells.
     """
 
     counts: sp.csr_matrix
     codes: np.ndarray
 
     def __post_init__(self) -> None:
+        if not isinstance(self.counts, sp.csr_matrix):
+            raise InvalidArgumentError(
+                f"counts is of type {type(self.counts).__name__}, and a CSR matrix is needed: "
+                "scipy.sparse.csr_matrix(counts)."
+            )
+        _check_codes(self.codes)
         if self.counts.shape[0] != len(self.codes):
             raise InvalidArgumentError(
                 f"codes has {len(self.codes)} entries; {self.counts.shape[0]} cells are counted. Give every cell one."
@@ -85,6 +96,7 @@ class Features:
     encoder: Callable[[LabelledCells], np.ndarray]
 
     def __post_init__(self) -> None:
+        _check_codes(self.codes)
         if self.values.ndim != 2 or self.values.shape[0] != len(self.codes):
             raise InvalidArgumentError(
                 f"values has shape {self.values.shape} and codes {len(self.codes)} entries. Give a row of values for "
@@ -122,3 +134,14 @@ class Features:
                 f"{self.values.shape[1]} features. Give the encoder that these were made with."
             )
         return found
+
+
+def _check_codes(codes: object) -> None:
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.ndim != 1:
+        found = f"of type {type(codes).__name__}"
+        if isinstance(codes, np.ndarray):
+            found = f"an array of {codes.dtype} and shape {codes.shape}"
+        raise InvalidArgumentError(
+            f"codes is {found}, and an array of integers is needed, one for each cell: the positions of their classes "
+            "in problem.classes."
+        )

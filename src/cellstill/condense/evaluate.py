@@ -54,8 +54,9 @@ def evaluate(
         Cells, labels and their split.
     methods
         Names in :data:`~cellstill.condense.baselines.BASELINES`, or functions (or such names) by the name they get in
-        the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it. It
-        returns cells, or :class:`~cellstill.condense.cells.Features`, whose classifiers see features in place of genes.
+        the tables. A function is called as ``method(problem, samples_per_class, seed)``; use no test cells in it, and
+        work on a copy of what it changes: ``AnnData(problem.train.counts)`` is none. It returns cells, or
+        :class:`~cellstill.condense.cells.Features`, whose classifiers see features in place of genes.
     samples_per_class
         Budgets, or one; a class with fewer training cells is kept whole, and the compression is reported.
     seeds
@@ -76,8 +77,8 @@ def evaluate(
     Raises
     ------
     InvalidArgumentError
-        A problem without test cells, an unknown method or evaluator, a task of one category, ``full`` of another
-        problem, or a method that returns anything but cells or features, or other genes, unknown classes, one class
+        A problem without test cells, an unknown method or evaluator, ``full`` of another problem, or a method that
+        changes the problem, or returns anything but cells or features, or other genes, unknown classes, one class
         alone, no cells, or more cells than its budget.
     OptionalDependencyError
         A baseline needs a package that is not installed.
@@ -87,7 +88,6 @@ def evaluate(
             "problem has no test cells, so nothing can be scored. Split it with train_size and validation_size that "
             "leave some: CondensationProblem.from_anndata(..., train_size=0.7, validation_size=0.1)."
         )
-    check_tasks(problem.tasks)
     named = _methods(methods)
     judges = get_evaluators(evaluators)
     if isinstance(seeds, Integral):
@@ -163,18 +163,29 @@ def _condense(
     evaluators: Sequence[Evaluator],
     advance: Callable[[str, int], None],
 ) -> Condensed:
+    before = problem.fingerprint()
     with _memory() as memory:
         start = time.perf_counter()
         cells = method(problem, samples_per_class, seed)
         seconds = time.perf_counter() - start
+    _check_unchanged(problem, name, before)
     _check(problem, name, cells, samples_per_class)
     predictions = {}
     for evaluator in evaluators:
         for task in problem.tasks:
             predictions[evaluator.name, task.key] = predict_test(problem, cells, task, evaluator, seed)
         advance(f"{name}, {samples_per_class} per class", 1)
+    _check_unchanged(problem, name, before)  # by an encoder, which was given the test cells
     _log.info("%s, %d per class, seed %d: %d cells in %.1f s.", name, samples_per_class, seed, len(cells), seconds)
     return Condensed(name, samples_per_class, seed, len(cells), seconds, memory["added_mb"], cells.n_bytes, predictions)
+
+
+def _check_unchanged(problem: CondensationProblem, name: str, fingerprint: str) -> None:
+    if problem.fingerprint() != fingerprint:
+        raise InvalidArgumentError(
+            f"{name!r} changed the cells of the problem in place, on which all scores rest. Let it work on a copy, "
+            "such as AnnData(problem.train.counts.copy()), and build the problem anew."
+        )
 
 
 def _check(problem: CondensationProblem, name: str, cells: object, samples_per_class: int) -> None:
@@ -231,15 +242,6 @@ def _distinct(argument: str, values: int | Iterable[int], *, least: int) -> list
 
 def _listed(values: Any) -> list[Any]:
     return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
-
-
-def check_tasks(tasks: Iterable[Task]) -> None:
-    """Refuse a task of one category."""
-    for task in tasks:
-        if len(task.names) < 2:
-            raise InvalidArgumentError(
-                f"labels_key={task.key!r} has one category, {task.names[0]!r}: nothing can be told apart. Leave it out."
-            )
 
 
 @contextmanager

@@ -75,8 +75,8 @@ class Fitted:
         if n_obs > n_cells:
             told += (
                 "Leave out those that were set aside. `cellstill condense --evaluate` names them in test_cells.csv "
-                'beside the model: held_out = pd.read_csv("test_cells.csv", dtype=str, keep_default_na=False)["cell"]; '
-                "adata = adata[~adata.obs_names.isin(held_out)].copy(). "
+                'beside the model, by their row in the file: held_out = pd.read_csv("test_cells.csv")["row"]; '
+                "adata = adata[~np.isin(np.arange(adata.n_obs), held_out)].copy(). "
             )
         raise InvalidArgumentError(f"{told}Attach the cells of training, or load without data and generate.")
 
@@ -98,8 +98,8 @@ class Fitted:
     def restore(cls, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Fitted:
         """Build from :meth:`tensors` and :meth:`config`."""
         tasks = tuple(
-            # Models saved by earlier versions do not know the types of labels; theirs are text.
-            Task(t["key"], tuple(t["names"]), np.asarray(t["of_class"], dtype=np.int64), t.get("dtype", "str"))
+            # Models saved by earlier versions do not know the types of labels; theirs are text without order.
+            Task(**{"dtype": "str"} | t | {"names": tuple(t["names"]), "of_class": np.asarray(t["of_class"], np.int64)})
             for t in config["tasks"]
         )
         return cls(

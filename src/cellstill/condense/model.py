@@ -22,14 +22,13 @@ from cellstill.condense.generator import GeneratorConfig
 from cellstill.condense.latent import LatentConfig
 from cellstill.condense.matching import MatchingConfig
 from cellstill.condense.output import CODES, POINTS, to_anndata
-from cellstill.condense.problem import CondensationProblem, read_labels
+from cellstill.condense.problem import CondensationProblem, check_anndata, label_keys, read_donors, read_labels
 from cellstill.condense.progress import showing_steps
 from cellstill.condense.settings import given_or_default
 from cellstill.condense.solver import condense
 from cellstill.condense.space import Space, fit_space
 from cellstill.condense.starts import Start
 from cellstill.data.counts import as_csr, check_counts, get_layer
-from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.selection import cell_positions
 from cellstill.errors import InvalidArgumentError, NotTrainedError, StoreError, check_option, whole_number
@@ -63,7 +62,8 @@ class SCDD(RegisteredModel):
         of ``adata.obsm``, or anything with ``get_latent_representation(adata)``, such as a trained model of ours or of
         scvi-tools, is taught to it besides. New cells never need the source again.
     n_top_genes
-        Most variable genes kept. More tell more and take longer; ``None`` keeps all.
+        Most variable genes kept. More tell more and take longer; ``None`` keeps all that have counts in the cells that
+        are learned from.
     validation_size
         Share of the cells, or of the donors, that choose instead of being learned from. More choose better and leave
         less to learn from.
@@ -149,9 +149,10 @@ class SCDD(RegisteredModel):
         InvalidCountsError
             The layer does not hold counts, or a cell is empty.
         InvalidArgumentError
-            Missing labels, also as text such as ``"NA"`` or blanks, or fewer than two classes.
+            Missing labels or donors, also as text such as ``"NA"`` or blanks, or a column of one category.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         if adata.is_view:
             raise InvalidArgumentError("adata is a view of another AnnData. Pass a copy: adata.copy().")
         check_unique_genes(adata.var_names)
@@ -159,7 +160,7 @@ class SCDD(RegisteredModel):
         check_counts(adata, layer, allow_noninteger=None)
         columns = {f"labels{k or ''}": key for k, key in enumerate(keys)}
         if donor_key is not None:
-            obs_column(adata.obs, donor_key, "donor_key")
+            read_donors(adata, donor_key)
             columns["donor"] = donor_key
         register(
             cls,
@@ -292,7 +293,8 @@ class SCDD(RegisteredModel):
         Returns
         -------
         Synthetic cells: counts in ``X``, labels in ``obs`` (integers, truth values or text, as they were), codes in
-        ``obsm["X_scdd"]``, provenance and the candidates' scores in ``uns["scdd"]``. In ``obsm["X_scdd_latent"]``
+        ``obsm["X_scdd"]``, in ``uns["scdd"]`` the candidates' scores and the provenance: keys, settings and seeds, the
+        names of the classes, and a fingerprint of the cells of training. In ``obsm["X_scdd_latent"]``
         points of the latent space, each of its row's class but not always its row's cell: chosen for classifiers that
         see :meth:`get_latent_representation` of new cells.
 
@@ -330,7 +332,7 @@ class SCDD(RegisteredModel):
                 "start": found.start,
                 "matching_steps": found.n_steps,
                 "matching": asdict(matching),
-                "latent": self._latent_name(),
+                **self._origin(),
                 "n_real": len(problem.train),
                 "n_synthetic": len(found.cells),
                 "of_class": np.bincount(found.cells.codes, minlength=problem.n_classes),
@@ -348,6 +350,9 @@ class SCDD(RegisteredModel):
         seed: int | None = None,
     ) -> AnnData:
         """Generate cells of a class, in one step each, without matching.
+
+        The same call returns the same cells. Cells of different classes or seeds are drawn independently and have
+        different names, so that they may be put together.
 
         Parameters
         ----------
@@ -374,15 +379,19 @@ class SCDD(RegisteredModel):
         seed = self.seed if seed is None else seed
         whole_number("seed", seed, least=0)
         codes = np.full(int(n), classes.index(label))
+        # Each class has a stream of its own, or cells of different classes would have noise and depth in common.
+        drawn = int(np.random.SeedSequence([seed, classes.index(label)]).generate_state(1, np.uint64)[0])
         noise = torch.randn(
-            len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(seed)
+            len(codes), space.autoencoder.config.n_latent, generator=torch.Generator().manual_seed(drawn)
         )
         z = space.sample(noise.to(space.device), torch.from_numpy(codes).to(space.device))
-        cells = space.render(Rendering(counts), z, codes, seed)
-        told = {"method": "SCDD.generate", "seed": seed, "counts": counts, "latent": self._latent_name()}
-        return to_anndata(
+        cells = space.render(Rendering(counts), z, codes, drawn)
+        told = {"method": "SCDD.generate", "seed": seed, "counts": counts, **self._origin()}
+        found = to_anndata(
             cells, classes, fitted.tasks, fitted.genes, told, obsm={CODES: noise.numpy(), POINTS: z.cpu().numpy()}
         )
+        found.obs_names = [f"{label}-{seed}-{k}" for k in range(len(cells))]
+        return found
 
     def get_latent_representation(
         self, adata: AnnData | None = None, indices: np.ndarray | Sequence[int] | None = None
@@ -409,6 +418,7 @@ class SCDD(RegisteredModel):
         """
         space = self.space
         adata = self._require_adata() if adata is None else adata
+        check_anndata(adata)
         rows = slice(None) if indices is None else cell_positions(indices, adata.n_obs)
         layer = self._setup["layer"]
         check_counts(adata, layer, set_up=True)
@@ -467,9 +477,11 @@ class SCDD(RegisteredModel):
             known = {f"labels{k or ''}": list(task.names) for k, task in enumerate(fitted.tasks)}
             registry = category_registry(cls.__name__, setup, known, columns=columns)
         else:
+            check_anndata(adata)
             fitted.check_number(adata.n_obs)
-            cls.setup_anndata(adata, setup["labels_key"], **where)
+            # First, because it says where the model reads counts, of which setting up would offer a choice.
             problem = fitted.attach(adata, **where)
+            cls.setup_anndata(adata, setup["labels_key"], **where)
         model = cls(
             adata,
             n_top_genes=config["n_top_genes"],
@@ -488,7 +500,25 @@ class SCDD(RegisteredModel):
         space = fitted.space
         self.module = torch.nn.ModuleDict({"autoencoder": space.autoencoder, "generator": space.generator})
         self.history_ = space.history
+        self.train_indices_, self.validation_indices_, self.test_indices_ = (
+            fitted.rows[part] for part in ("train", "validation", "test")
+        )
         self.is_trained_ = True
+
+    def _origin(self) -> dict[str, Any]:
+        """What the model was trained on, and how, for the provenance of its cells."""
+        fitted = self._fitted()
+        return {
+            **{name: self._setup[name] for name in ("labels_key", "layer", "donor_key")},
+            "classes": list(fitted.classes),
+            "cells": fitted.fingerprint,
+            "n_top_genes": self.n_top_genes,
+            "validation_size": self.validation_size,
+            "latent": self._latent_name(),
+            "latent_settings": asdict(fitted.space.autoencoder.config),
+            "generator_settings": asdict(fitted.space.config),
+            "training_seed": self.seed,
+        }
 
     def _latent_name(self) -> str:
         return self.latent if isinstance(self.latent, str) else type(self.latent).__name__

@@ -58,7 +58,12 @@ def to_anndata(
         number[own] = np.arange(len(own))
     names = [f"{classes[code]}-{k}" for code, k in zip(cells.codes, number, strict=True)]
     obs = pd.DataFrame(
-        {task.key: pd.Categorical.from_codes(task.of_class[cells.codes], categories=task.categories) for task in tasks},
+        {
+            task.key: pd.Categorical.from_codes(
+                task.of_class[cells.codes], categories=task.categories, ordered=task.ordered
+            )
+            for task in tasks
+        },
         index=pd.Index(names),
     )
     found: dict[str, Any] = {

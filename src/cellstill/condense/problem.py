@@ -5,29 +5,27 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from cellstill.condense.cells import LabelledCells
 from cellstill.condense.genes import variable_genes
 from cellstill.condense.splits import split_classes
-from cellstill.data.annotations import category_names
+from cellstill.data.annotations import category_names, is_mudata
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.errors import CellstillWarning, InvalidArgumentError, whole_number
 
-if TYPE_CHECKING:
-    from anndata import AnnData
-
 _log = logging.getLogger("cellstill")
 
 UNLABELLED = frozenset({"", "nan", "NaN", "NAN", "NA", "N/A", "<NA>", "NaT", "None"})
-"""Texts, blanks around them aside, that are written where a label is missing."""
+"""Texts, blanks around them aside, that are written where a label or donor is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +42,15 @@ class Task:
         Category of each class, int64, shape ``(n_classes,)``.
     dtype
         Of the categories: ``"int64"``, ``"bool"``, or ``"str"`` for all else.
+    ordered
+        Whether the order of the categories has a meaning.
     """
 
     key: str
     names: tuple[str, ...]
     of_class: np.ndarray
     dtype: str = "str"
+    ordered: bool = False
 
     @property
     def categories(self) -> pd.Index[Any]:
@@ -115,7 +116,8 @@ class CondensationProblem:
         donor_key
             Column with donors or other units: each is on one side of the split only, so that scores tell of new donors.
         n_top_genes
-            Most variable genes kept, chosen on the training cells. More tell more and take longer. ``None`` keeps all.
+            Most variable genes kept, chosen on the training cells. More tell more and take longer. ``None`` keeps all
+            that have counts in the training cells.
         train_size, validation_size
             Shares of the cells, within each class (of donors, with ``donor_key``); the rest are test cells, if any.
         seed
@@ -124,18 +126,19 @@ class CondensationProblem:
         Raises
         ------
         InvalidArgumentError
-            Missing labels, also as text (:data:`UNLABELLED`), fewer than two classes, combinations of labels that read
-            alike, or too few donors to split.
+            Missing labels or donors, also as text (:data:`UNLABELLED`), a column of one category, combinations of
+            labels that read alike, or too few donors to split.
         InvalidCountsError
             The layer holds no counts.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         if n_top_genes is not None:
             n_top_genes = whole_number("n_top_genes", n_top_genes, least=1)
         check_unique_genes(adata.var_names)
         check_counts(adata, layer, allow_noninteger=None)
         codes, classes, _ = read_labels(adata, keys)
-        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = None if donor_key is None else read_donors(adata, donor_key)
         parts = split_classes(codes, donors, train_size=train_size, validation_size=validation_size, seed=seed)
         _warn_about_small_classes(codes, classes, parts)
         counts = as_csr(get_layer(adata, layer))
@@ -148,6 +151,9 @@ class CondensationProblem:
             " / ".join(f"{len(rows):,}" for rows in parts.values()),
             len(genes),
         )
+        if len(genes) < adata.n_vars and len(genes) != n_top_genes:
+            n_absent = adata.n_vars - len(genes)
+            _log.info("Left out, without counts in the training cells: %d of %d genes.", n_absent, adata.n_vars)
         return cls.from_rows(adata, keys, parts, names, layer=layer, donor_key=donor_key)
 
     @classmethod
@@ -179,7 +185,8 @@ class CondensationProblem:
         GeneMismatchError
             Genes that it does not have.
         """
-        keys = [labels_key] if isinstance(labels_key, str) else list(labels_key)
+        check_anndata(adata)
+        keys = label_keys(labels_key)
         last = max((int(part.max()) for part in rows.values() if len(part)), default=-1)
         if last >= adata.n_obs:
             raise InvalidArgumentError(
@@ -189,7 +196,7 @@ class CondensationProblem:
         check_counts(adata, layer, set_up=True)
         counts = as_csr(get_layer(adata, layer)).astype(np.float32)
         counts, _ = align_genes(counts, adata.var_names.astype(str), list(genes), min_overlap=1.0)
-        donors = None if donor_key is None else obs_column(adata.obs, donor_key, "donor_key").astype(str).to_numpy()
+        donors = None if donor_key is None else read_donors(adata, donor_key)
         return cls(
             **{name: LabelledCells(counts[part], codes[part]) for name, part in rows.items()},
             classes=classes,
@@ -225,6 +232,25 @@ class CondensationProblem:
         return np.minimum(budget, np.bincount(self.train.codes, minlength=self.n_classes))
 
 
+def check_anndata(adata: object) -> None:
+    """Refuse what is no AnnData."""
+    if not isinstance(adata, AnnData):
+        remedy = (
+            "Give one of its modalities: mdata['rna']" if is_mudata(adata) else "Read a file with anndata.read_h5ad"
+        )
+        raise InvalidArgumentError(f"adata is of type {type(adata).__name__}, and an AnnData is needed. {remedy}.")
+
+
+def label_keys(labels_key: Any) -> list[str]:
+    """Columns that ``labels_key`` names, one or several."""
+    keys = [labels_key] if isinstance(labels_key, str) or not isinstance(labels_key, Iterable) else list(labels_key)
+    if not all(isinstance(key, str) for key in keys):
+        raise InvalidArgumentError(
+            f"labels_key={labels_key!r} has to name a column of adata.obs, or several in a list."
+        )
+    return keys
+
+
 def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], tuple[Task, ...]]:
     """Codes of the classes, their names, and the tasks that they serve; see :class:`CondensationProblem`."""
     if not keys or len(set(keys)) < len(keys):
@@ -232,7 +258,12 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
     columns = [obs_column(adata.obs, key, "labels_key") for key in keys]
     names = [category_names(column) for column in columns]
     for key, column, known in zip(keys, columns, names, strict=True):
-        _check_labelled(key, column, known)
+        _check_named("labels_key", key, column, known, "class")
+        if len(known) < 2:
+            remedy = "Leave it out" if len(keys) > 1 else "Name a column with at least two categories"
+            raise InvalidArgumentError(
+                f"labels_key={key!r}: all cells are labelled {known[0]!r}, so there is nothing to tell apart. {remedy}."
+            )
     coded = np.stack(
         [
             pd.Index(known).get_indexer(pd.Index(column.astype(str)))
@@ -241,11 +272,6 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
         axis=1,
     )
     combinations, codes = np.unique(coded, axis=0, return_inverse=True)
-    if len(combinations) < 2:
-        raise InvalidArgumentError(
-            f"labels_key={keys[0]!r}: all cells are labelled {names[0][0]!r}, so there is nothing to tell apart. Name "
-            "a column with at least two categories."
-        )
     classes = tuple(" | ".join(known[code] for known, code in zip(names, row, strict=True)) for row in combinations)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
@@ -254,10 +280,14 @@ def read_labels(adata: AnnData, keys: Sequence[str]) -> tuple[np.ndarray, tuple[
             "categories that contain ' | '."
         )
     tasks = tuple(
-        Task(key, known, combinations[:, k].astype(np.int64), _dtype(column))
+        Task(key, known, combinations[:, k].astype(np.int64), _dtype(column), _is_ordered(column))
         for k, (key, known, column) in enumerate(zip(keys, names, columns, strict=True))
     )
     return codes.ravel().astype(np.int64), classes, tasks
+
+
+def _is_ordered(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.CategoricalDtype) and bool(column.dtype.ordered)
 
 
 def _dtype(column: pd.Series) -> str:
@@ -265,15 +295,22 @@ def _dtype(column: pd.Series) -> str:
     return {"b": "bool", "i": "int64", "u": "int64"}.get(getattr(categories.dtype, "kind", "O"), "str")
 
 
-def _check_labelled(key: str, column: pd.Series, names: Sequence[str]) -> None:
-    """Refuse text that stands for a missing label, as files that went through text have it."""
+def read_donors(adata: AnnData, key: str) -> np.ndarray:
+    """Name of each cell's donor, shape ``(n_obs,)``; none may be missing, also as text (:data:`UNLABELLED`)."""
+    column = obs_column(adata.obs, key, "donor_key")
+    _check_named("donor_key", key, column, category_names(column), "donor")
+    return column.astype(str).to_numpy()
+
+
+def _check_named(argument: str, key: str, column: pd.Series, names: Sequence[str], what: str) -> None:
+    """Refuse text that stands for a missing name, as files that went through text have it."""
     found = [name for name in names if name.strip() in UNLABELLED]
     if found:
         missing = column.astype(str).isin(found)
         raise InvalidArgumentError(
-            f"labels_key: adata.obs[{key!r}] is missing for {int(missing.sum())} of {len(column)} cells, which are "
+            f"{argument}: adata.obs[{key!r}] is missing for {int(missing.sum())} of {len(column)} cells, which are "
             f"labelled {', '.join(map(repr, found))}. Label those cells or remove them: "
-            f"adata[~adata.obs[{key!r}].isin({found})].copy(). If it is the name of a class, rename it."
+            f"adata[~adata.obs[{key!r}].isin({found})].copy(). If it is the name of a {what}, rename it."
         )
 
 

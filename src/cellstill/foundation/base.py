@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cellstill.data.counts import iter_rows
 from cellstill.errors import InvalidArgumentError, check_key
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
     MissingKeyError
         There is no such key.
     InvalidArgumentError
-        ``source`` embeds nothing or takes no cells, or what it gives is not a finite matrix with a row for each cell.
+        ``source`` embeds nothing or takes no cells, changes ``X`` or a layer of the cells in place, or what it gives is
+        not a finite matrix with a row for each cell, or the same for all cells.
     """
     found: Any
     if isinstance(source, str):
@@ -59,7 +61,14 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
                 f"{argument}: {name}{inspect.signature(source.get_latent_representation)} cannot be called with the "
                 "cells to embed. Give an encoder with get_latent_representation(adata)."
             )
+        before = _totals(adata)
         found = source.get_latent_representation(adata)
+        after = _totals(adata)
+        if changed := [place for place, total in before.items() if after.get(place) != total]:
+            raise InvalidArgumentError(
+                f"{argument}: {name} changed {', '.join(changed)} of the cells it was given. Let it work on a copy, "
+                "adata.copy(), and read the data anew."
+            )
     else:
         raise InvalidArgumentError(
             f"{argument}={source!r} embeds no cells. Give a key of adata.obsm, or a trained model or encoder with "
@@ -72,12 +81,27 @@ def embed(source: str | FoundationEncoder, adata: AnnData, argument: str = "late
             f"{argument}: {name} holds no numbers ({error}). Give a matrix of numbers."
         ) from error
     is_matrix = embedding.ndim == 2 and embedding.shape[0] == adata.n_obs and embedding.shape[1] > 0
-    if not is_matrix or not np.isfinite(embedding).all():
+    n_bad = int((~np.isfinite(embedding)).sum())
+    if not is_matrix or n_bad:
+        fault = f"{n_bad} values that are not finite" if is_matrix else f"shape {embedding.shape}"
         raise InvalidArgumentError(
-            f"{argument}: {name} has shape {embedding.shape} and {int((~np.isfinite(embedding)).sum())} values that "
-            f"are not finite. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
+            f"{argument}: {name} has {fault}. A finite matrix with a row for each of the {adata.n_obs} cells is needed."
+        )
+    if adata.n_obs > 1 and (embedding == embedding[0]).all():
+        raise InvalidArgumentError(
+            f"{argument}: {name} is the same for all {adata.n_obs} cells, so that it tells nothing. Give another."
         )
     return embedding
+
+
+def _totals(adata: AnnData) -> dict[str, str]:
+    """Sum of ``X`` and of each layer as text, as which NaN is equal to itself."""
+    places: dict[str, Any] = {} if adata.X is None else {"adata.X": adata.X}
+    places |= {f"adata.layers[{name!r}]": layer for name, layer in adata.layers.items()}
+    return {
+        name: repr(float(sum(rows.sum(dtype=np.float64) for _, rows in iter_rows(matrix))))
+        for name, matrix in places.items()
+    }
 
 
 def as_float32(found: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cellstill.errors import StoreError
-from cellstill.io.partial import partial_beside
+from cellstill.io.partial import no_empty_parents, partial_beside
 
 
 @contextmanager
@@ -31,12 +31,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.is_dir():
         raise StoreError(f"{path} is a folder, not a file. Choose another path.")
     partial = partial_beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise StoreError(f"Cannot write {path}: {error.strerror or error}. Choose another path.") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
+    with no_empty_parents(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        except OSError as error:
+            raise StoreError(f"Cannot write {path}: {error.strerror or error}. Choose another path.") from error
+        finally:
+            if partial.exists():
+                partial.unlink()

@@ -8,7 +8,8 @@ import re
 import secrets
 import shutil
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -24,6 +25,18 @@ def partial_beside(path: Path) -> Path:
     """
     _remove_abandoned(path)
     return path.with_name(f".partial-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def no_empty_parents(path: Path) -> Iterator[None]:
+    """Remove the folders above ``path``, absolute, that were made inside the block and are empty at its end."""
+    absent = [folder for folder in path.parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in absent:  # innermost first
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _remove_abandoned(path: Path) -> None:

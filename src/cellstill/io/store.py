@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellstill.errors import StoreError
-from cellstill.io.partial import partial_beside
+from cellstill.io.partial import no_empty_parents, partial_beside
 
 SCHEMA_VERSION = 1
 
@@ -28,7 +28,8 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that takes its place when the block ends without an error.
 
-    What a process that was killed left of such a folder is removed.
+    What a process that was killed left of such a folder is removed, and after an error so are the folders above it that
+    were made for it.
 
     Parameters
     ----------
@@ -48,24 +49,25 @@ def atomic_directory(
     _check_target(path, overwrite, ours)
     partial = partial_beside(path)
     replaced = path.parent / f".{path.name}.replaced-{secrets.token_hex(4)}"
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise StoreError(f"Cannot write to {path.parent}: {error.strerror}. Choose another path.") from error
-    try:
-        yield partial
-        _check_target(path, overwrite, ours)
+    with no_empty_parents(path):
         try:
-            if path.exists():
-                path.rename(replaced)
-            partial.rename(path)
-        except BaseException:
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise StoreError(f"Cannot write to {path.parent}: {error.strerror}. Choose another path.") from error
+        try:
+            yield partial
+            _check_target(path, overwrite, ours)
+            try:
+                if path.exists():
+                    path.rename(replaced)
+                partial.rename(path)
+            except BaseException:
+                if replaced.exists() and not path.exists():
+                    replaced.rename(path)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_target(path: Path, overwrite: bool, ours: Collection[str] | None) -> None:

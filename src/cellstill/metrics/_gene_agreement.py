@@ -194,6 +194,18 @@ def same_genes(**matrices: Any) -> list[sp.csr_matrix]:
     return list(found.values())
 
 
+def check_integers(**matrices: sp.csr_matrix) -> None:
+    """Refuse real cells that were transformed: what is compared would be weaker without a sign of it."""
+    for name, x in matrices.items():
+        fractions = x.data[x.data != np.floor(x.data)]
+        if len(fractions):
+            shown = ", ".join(f"{value:g}" for value in fractions[:3])
+            raise InvalidArgumentError(
+                f"{name} has values that are not integers ({shown}). Pass the raw counts of real cells, not normalised "
+                "or log-transformed ones."
+            )
+
+
 def common_classes(
     real: Any, synthetic: Any, real_labels: Any, synthetic_labels: Any
 ) -> tuple[tuple[NDArray[np.integer], NDArray[np.integer]], int]:

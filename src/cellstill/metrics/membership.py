@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 from cellstill.metrics._donor_attacks import DonorAttacks, attack_success, paired_success
-from cellstill.metrics._gene_agreement import same_genes
+from cellstill.metrics._gene_agreement import check_integers, same_genes
 from cellstill.metrics._inputs import category_codes
 
 MIN_DONORS = 5
@@ -66,7 +66,8 @@ def membership_inference(
     Parameters
     ----------
     synthetic, real
-        Counts of the same genes, ``(n_synthetic, n_vars)`` and ``(n_obs, n_vars)``, sparse or dense.
+        Counts of the same genes, ``(n_synthetic, n_vars)`` and ``(n_obs, n_vars)``, sparse or dense; those of real
+        cells are integers.
     donors
         Donor of each real cell, without NaN.
     members
@@ -96,8 +97,8 @@ def membership_inference(
     Raises
     ------
     InvalidArgumentError
-        Donors that do not exist or have two roles, or fewer than five members, five non-members or two reference
-        donors.
+        Real cells that are not counts, donors that do not exist or have two roles, or fewer than five members, five
+        non-members or two reference donors.
 
     Warns
     -----
@@ -110,6 +111,7 @@ def membership_inference(
     through overfitting detection (DOMIAS), AISTATS.
     """
     s, x = same_genes(synthetic=synthetic, real=real)
+    check_integers(real=x)
     codes, names = _donors(donors, x.shape[0])
     rng = np.random.default_rng(seed)
     role = _roles(names, {"member": ("members", members), "reference": ("reference", reference)})
@@ -165,7 +167,7 @@ def paired_membership_inference(
     synthetic
         Counts of the two releases, of the same genes.
     real, donors
-        Real cells and the donor of each, as in :func:`membership_inference`.
+        Counts of real cells and the donor of each, as in :func:`membership_inference`.
     members
         Donors that the first release was made of, and those of the second; no donor is in both.
     reference
@@ -183,8 +185,8 @@ def paired_membership_inference(
     Raises
     ------
     InvalidArgumentError
-        Not two releases, donors that do not exist or have two roles, fewer than five in a half, or fewer than two
-        reference donors.
+        Not two releases, real cells that are not counts, donors that do not exist or have two roles, fewer than five in
+        a half, or fewer than two reference donors.
 
     Warns
     -----
@@ -200,6 +202,7 @@ def paired_membership_inference(
                 f"{f'{len(pair)} of them' if isinstance(pair, tuple | list) else type(pair).__name__}."
             )
     first, second, x = same_genes(**{"synthetic[0]": synthetic[0], "synthetic[1]": synthetic[1], "real": real})
+    check_integers(real=x)
     codes, names = _donors(donors, x.shape[0])
     named = {"first": ("members[0]", members[0]), "second": ("members[1]", members[1])}
     role = _roles(names, named | {"reference": ("reference", reference)})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cellstill.errors import CellstillWarning
 from cellstill.metrics._donor_attacks import COPY, Projection, nearest
-from cellstill.metrics._gene_agreement import same_genes
+from cellstill.metrics._gene_agreement import check_integers, same_genes
 
 CLOSEST_RECORD_NOTE = (
     "The distance to the closest record is not evidence of privacy: cells can be far from every record and still tell "
@@ -57,12 +59,32 @@ def distance_to_closest_record(
     Returns
     -------
     ClosestRecord
+
+    Raises
+    ------
+    InvalidArgumentError
+        The sets differ in genes, or real cells are not integer counts.
+
+    Warns
+    -----
+    CellstillWarning
+        Held-out cells are among those of training.
     """
     s, t, h = same_genes(synthetic=synthetic, training=training, held_out=held_out)
+    check_integers(training=t, held_out=h)
     # Fitted to the records: components of the held-out cells would follow their noise, and set them apart.
     project = Projection(t, n_comps, seed)
     records = project(t)
     of_synthetic, of_control = (nearest(records, project(x), 1) for x in (s, h))
+    # Not in shares of the distances of the control, which are 0 where all of it is copied.
+    n_known = int((of_control <= COPY * np.median(np.linalg.norm(records - records.mean(axis=0), axis=1))).sum())
+    if n_known:
+        warnings.warn(
+            f"{n_known} of {len(of_control)} held_out cells are cells of training: the control is too close, and "
+            "copies are missed. Give held_out cells that the synthetic ones were not made of.",
+            CellstillWarning,
+            stacklevel=2,
+        )
     (low, median), (control_low, control_median) = (np.quantile(d, [0.05, 0.5]) for d in (of_synthetic, of_control))
     return ClosestRecord(
         median=float(median),

@@ -15,6 +15,7 @@ from cellstill.data.expression import log_expression
 from cellstill.errors import CellstillWarning, InvalidArgumentError
 from cellstill.metrics._gene_agreement import (
     N_CORRELATED,
+    check_integers,
     class_mean_correlation,
     common_classes,
     fold_change_slope,
@@ -101,9 +102,11 @@ def realism_table(
     Raises
     ------
     InvalidArgumentError
-        The sets differ in genes, share no class, or have fewer than ten cells in common classes.
+        The sets differ in genes, share no class, or have fewer than ten cells in common classes, or real cells are not
+        integer counts.
     """
     r, s = same_genes(real=real, synthetic=synthetic)
+    check_integers(real=r)
     labels = [_text("real_labels", real_labels, r), _text("synthetic_labels", synthetic_labels, s)]
     if control is None:
         reference, held_out = _halves(labels[0], seed)
@@ -111,6 +114,7 @@ def realism_table(
         labels = [labels[0][reference], labels[1], labels[0][held_out]]
     else:
         r, c = same_genes(real=r, control=control)
+        check_integers(control=c)
         labels.append(_text("control_labels", control_labels, c))
     rows = match_classes(labels, max_cells=max_cells, seed=seed)
     if len(rows[0]) < _MIN_CELLS:

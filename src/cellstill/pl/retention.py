@@ -19,8 +19,8 @@ _MARGIN = 1.3
 def retention_figure(scores: pd.DataFrame, score: str = "retention") -> Figure:
     """Draw a score against the number of synthetic cells per class: the mean over evaluators, then each of them.
 
-    Points are means over seeds, bars reach from the lowest seed to the highest. With ``retention``, a line marks 1:
-    nothing lost.
+    Of one evaluator there is no mean. Points are means over seeds, bars reach from the lowest seed to the highest. With
+    ``retention``, a line marks 1: nothing lost.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def retention_figure(scores: pd.DataFrame, score: str = "retention") -> Figure:
         raise InvalidArgumentError("scores has no rows: evaluate at least one method.")
     methods, evaluators = list(scores["method"].unique()), list(scores["evaluator"].unique())
     rows_of = {name: scores[scores["evaluator"] == name] for name in evaluators}
-    panels = {f"mean of {len(evaluators)}": scores, **rows_of}
+    panels = rows_of if len(evaluators) == 1 else {f"mean of {len(evaluators)}": scores, **rows_of}
     n_columns = min(_N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
     figure = Figure(figsize=(2.6 * n_columns + 1.6, 2.4 * n_rows), layout="constrained")
