@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class CellstillError(Exception):
@@ -108,3 +113,11 @@ def optional_dependency(package: str, extra: str, purpose: str) -> OptionalDepen
     return OptionalDependencyError(
         f"{purpose} needs the package {package!r}, which is not installed. Run: pip install 'cellstill[{extra}]'."
     )
+
+
+def level_outside() -> int:
+    """Give the ``stacklevel`` with which a warning points to the code outside this package that led to it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -299,6 +299,13 @@ def test_no_argument_of_the_getters_of_scvi_tools_is_unheard_of():
         assert unheard <= {"kwargs", "trainer_kwargs", "batch_size"}, method
 
 
+def test_a_warning_points_to_the_call_that_led_to_it():
+    data = cells()
+    with pytest.warns(CellstillWarning, match="encoder_covariate_keys") as seen:
+        AmbientRegularizedSCVI.setup_anndata(data, encoder_covariate_keys=["lane"])
+    assert [warning.filename for warning in seen if "encoder_covariate_keys" in str(warning.message)] == [__file__]
+
+
 # Criticism.
 
 

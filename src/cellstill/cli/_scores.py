@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,7 +93,7 @@ def scorable_labels(obs: pd.DataFrame, batch_key: str, label_key: str | None) ->
         warnings.warn(
             f"labels_key={label_key!r} {reason}, so that the conservation of labels is not scored.",
             CellstillWarning,
-            stacklevel=2,
+            stacklevel=level_outside(),
         )
         return None
     return label_key

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from cellstill.condense.problem import CondensationProblem
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 _MAX_NAMED = 8
 
@@ -36,4 +36,4 @@ def warn_about_capped_classes(problem: CondensationProblem, samples_per_class: i
         message += f"samples_per_class={samples_per_class} leaves no class smaller: there is no compression. Lower it."
     if message:
         # Its caller's caller is who chose the number.
-        warnings.warn(message.rstrip(), CellstillWarning, stacklevel=3)
+        warnings.warn(message.rstrip(), CellstillWarning, stacklevel=level_outside())

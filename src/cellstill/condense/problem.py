@@ -20,7 +20,7 @@ from cellstill.data.annotations import category_names, is_mudata
 from cellstill.data.counts import as_csr, check_counts, get_layer
 from cellstill.data.covariates import obs_column
 from cellstill.data.genes import align_genes, check_unique_genes
-from cellstill.errors import CellstillWarning, InvalidArgumentError, whole_number
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside, whole_number
 
 _log = logging.getLogger("cellstill")
 
@@ -321,7 +321,7 @@ def _warn_about_small_classes(codes: np.ndarray, classes: Sequence[str], parts: 
             f"{n_single} of {len(classes)} classes have a single cell ({len(codes)} cells in all), of which nothing "
             "can be condensed or tested. Is labels_key the column of labels?",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
     absent = {
         name: [classes[code] for code in range(len(classes)) if not (codes[rows] == code).any()]
@@ -337,5 +337,5 @@ def _warn_about_small_classes(codes: np.ndarray, classes: Sequence[str], parts: 
             f"No test cell is left of the classes {absent['test']}, which have too few cells or donors: scores do not "
             "tell of them.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError, check_key
+from cellstill.errors import CellstillWarning, InvalidArgumentError, MissingKeyError, check_key, level_outside
 
 _MAX_LEVELS = 50
 
@@ -190,7 +190,7 @@ def warn_if_confounded(batch: pd.Series, obs: pd.DataFrame, design: CovariateDes
                 f"levels joins them all. What differs between the unjoined parts may be either, so it cannot be "
                 f"protected with confidence. Cells per combination:\n{table.to_string()}",
                 CellstillWarning,
-                stacklevel=4,
+                stacklevel=level_outside(),
             )
     return confounded
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstill.errors import CellstillWarning, GeneMismatchError
+from cellstill.errors import CellstillWarning, GeneMismatchError, level_outside
 
 
 def check_unique_genes(var_names: pd.Index) -> None:
@@ -74,7 +74,7 @@ def align_genes(
         warnings.warn(
             f"{len(missing)} of the model's {len(wanted)} genes are missing from adata and count as zero ({shown}).",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
     if not len(missing):
         aligned = counts[:, var_names.get_indexer(wanted)]

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cellstill.data.annotations import is_mudata
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -60,7 +60,7 @@ def order_of(
             f"({shown}, for instance): the result has the model's features in the model's order. "
             "get_var_names() has their names, and get_normalized_expression(return_numpy=False) a table with names.",
             CellstillWarning,
-            stacklevel=4,
+            stacklevel=level_outside(),
         )
     return slice(None)
 

@@ -13,7 +13,7 @@ from cellstill.de.pseudobulk_config import PseudobulkConfig
 from cellstill.de.pseudosamples import shares_enough
 from cellstill.de.result import Contrast
 from cellstill.de.units import comparison_cells, text_column
-from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
+from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option, level_outside
 
 REST = "rest"
 _MOSTLY = 0.9
@@ -238,7 +238,7 @@ def batch_terms(
                 f"{spread[0][1]!r}). Samples are compared over all of their {key!r}; where their shares differ between "
                 "the groups, give a sample_key whose samples lie in one each.",
                 CellstillWarning,
-                stacklevel=3,
+                stacklevel=level_outside(),
             )
         n_samples = frame.groupby(["level", f"key/{key}"])["sample"].nunique()
         spanning = n_samples[n_samples > 1].index.unique("level").difference(spread.unique("level"))
@@ -276,6 +276,6 @@ def _terms_among_cells(
             "its levels to be compared inside them. What differs between these levels passes for an effect of the "
             "group.",
             CellstillWarning,
-            stacklevel=4,
+            stacklevel=level_outside(),
         )
     return [key for key in keys if key in used]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cellstill.de.result import Contrast
 from cellstill.de.units import comparison_cells, text_column
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 _N_PER_GROUP = 10
 
@@ -103,6 +103,6 @@ def deal_cells(
         "differences between donors will be called differences between groups. Name the column of the donors if there "
         "is one.",
         CellstillWarning,
-        stacklevel=3,
+        stacklevel=level_outside(),
     )
     return obs.assign(**{sample_key: names}), sample_key, note

@@ -14,7 +14,7 @@ import pandas as pd
 
 from cellstill.de.result import DEResult, floor_of, write_csv
 from cellstill.de.units import text_column
-from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, check_option
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, check_option, level_outside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,7 +183,7 @@ def stratify(obs: pd.DataFrame, within: str, compare: Callable[[str, np.ndarray]
     if skipped or said:
         parts = [f"Comparisons within {within!r}:"]
         parts += [f"Not compared, {line}" for line in _by_text(skipped)]
-        warnings.warn("\n".join(parts + _by_text(said)), CellstillWarning, stacklevel=4)
+        warnings.warn("\n".join(parts + _by_text(said)), CellstillWarning, stacklevel=level_outside())
     return StratifiedDEResult(
         within=within,
         results=results,

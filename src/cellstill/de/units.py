@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.de.result import Contrast
-from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option
+from cellstill.errors import CellstillWarning, InvalidArgumentError, check_key, check_option, level_outside
 
 RESERVED = ("n_cells", "total_counts", "size_factor", "reason")
 """Columns that are added to tables of samples."""
@@ -167,7 +167,7 @@ def warn_left_out(units: Units) -> None:
         lines.append(f"{', '.join(names)}{more}: {reason}.")
     n_gone, n_used = len(units.left_out), len(units.table)
     found = f"{n_gone} of {n_gone + n_used} {units.called} left out: {' '.join(lines)}"
-    warnings.warn(found, CellstillWarning, stacklevel=5)
+    warnings.warn(found, CellstillWarning, stacklevel=level_outside())
 
 
 def _sample_table(units: Units, contrast: Contrast) -> str:

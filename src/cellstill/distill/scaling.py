@@ -10,7 +10,7 @@ import numpy as np
 from cellstill.distill.cells import Cells
 from cellstill.distill.fitted import Fitted
 from cellstill.distill.student import MEAN_BATCH
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 FEWEST_CELLS = 100
 """Cells from which the factors of a batch that was not trained on are estimated; fewer are encoded as they are."""
@@ -87,4 +87,4 @@ def _listed(names: list[str]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f'pca_method="scaled_residuals": {message}', CellstillWarning, stacklevel=5)
+    warnings.warn(f'pca_method="scaled_residuals": {message}', CellstillWarning, stacklevel=level_outside())

@@ -12,7 +12,7 @@ from cellstill.data.counts import check_counts, get_layer, looks_like_counts
 from cellstill.data.covariates import CovariateDesign, obs_column, warn_if_confounded
 from cellstill.data.genes import check_unique_genes
 from cellstill.distill.cells import Cells
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,7 +31,7 @@ def find_counts(adata: AnnData, layer: str | None) -> str | None:
     warnings.warn(
         "adata.X holds no counts, so adata.layers['counts'] is used. Pass layer='counts' to say so yourself.",
         CellstillWarning,
-        stacklevel=4,
+        stacklevel=level_outside(),
     )
     return "counts"
 
@@ -82,5 +82,5 @@ def warn_if_depths_differ(cells: Cells, pca_method: str) -> None:
             f"Median library sizes differ {ratio:.1f}-fold between batches. Their log CPM then differ in noise, which "
             "limits how well batches can mix: consider pca_method='pearson_residuals'.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 
 
 def check_embedding(argument: str, embedding: ArrayLike) -> NDArray[np.floating]:
@@ -66,6 +66,6 @@ def fewer_neighbours(n_neighbors: int, available: int, of_what: str) -> int:
         warnings.warn(
             f"n_neighbors={n_neighbors} is more than the {available} {of_what}; using {available}.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
     return min(n_neighbors, available)

@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 from cellstill.metrics._donor_attacks import DonorAttacks, attack_success, paired_success
 from cellstill.metrics._gene_agreement import check_integers, same_genes
 from cellstill.metrics._inputs import category_codes
@@ -232,7 +232,7 @@ def paired_membership_inference(
             "Donors are closer to the release that they are no members of. The first release has to be the one made of "
             "members[0]: check the order of synthetic and members.",
             CellstillWarning,
-            stacklevel=2,
+            stacklevel=level_outside(),
         )
     return _told(table)
 
@@ -263,7 +263,7 @@ def _told(table: pd.DataFrame) -> pd.DataFrame:
             "No attack detects the positive control, real cells of the members: with these donors and so few cells, "
             "not to detect the synthetic cells is no evidence of privacy. Bring more donors, or release more cells.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
     return table
 

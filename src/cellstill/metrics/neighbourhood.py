@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 from cellstill.metrics._inputs import category_codes, check_embedding, fewer_neighbours
 from cellstill.metrics._search import approximate_search, exact_search, search_other_batches
 
@@ -187,7 +187,7 @@ def cross_batch_knn_accuracy(
             f"{left_out.sum()} of {len(points)} cells are left out of the cross-batch accuracy, "
             f"because their label occurs in one batch only: {alone}.",
             CellstillWarning,
-            stacklevel=2,
+            stacklevel=level_outside(),
         )
     available = int(len(points) - np.bincount(batch_codes).max())
     n_neighbors = fewer_neighbours(n_neighbors, available, "cells outside the largest batch")

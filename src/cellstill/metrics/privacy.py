@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 from cellstill.metrics._donor_attacks import COPY, Projection, nearest
 from cellstill.metrics._gene_agreement import check_integers, same_genes
 
@@ -83,7 +83,7 @@ def distance_to_closest_record(
             f"{n_known} of {len(of_control)} held_out cells are cells of training: the control is too close, and "
             "copies are missed. Give held_out cells that the synthetic ones were not made of.",
             CellstillWarning,
-            stacklevel=2,
+            stacklevel=level_outside(),
         )
     (low, median), (control_low, control_median) = (np.quantile(d, [0.05, 0.5]) for d in (of_synthetic, of_control))
     return ClosestRecord(

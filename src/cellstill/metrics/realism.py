@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cellstill.data.expression import log_expression
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 from cellstill.metrics._gene_agreement import (
     N_CORRELATED,
     check_integers,
@@ -246,7 +246,9 @@ def match_classes(labels: Sequence[Any], *, max_cells: int | None = None, seed: 
         raise InvalidArgumentError("labels: no class is in all sets of cells, so that none can be compared.")
     if missing:
         warnings.warn(
-            f"The classes {missing} are not in all sets of cells, and are not compared.", CellstillWarning, stacklevel=3
+            f"The classes {missing} are not in all sets of cells, and are not compared.",
+            CellstillWarning,
+            stacklevel=level_outside(),
         )
     total = sum(size.values())
     if max_cells is not None and total > max_cells:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from cellstill._compat.harmony import run_harmony
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 from cellstill.teachers.base import Teacher, TeacherInfo, TeacherInput, TeacherOutput
 
 
@@ -103,7 +103,7 @@ class HarmonyTeacher(Teacher):
                 f"Harmony stopped at max_iter={self.max_iter} before it reached tol={self.tol:g} "
                 f"(last relative change {change:.1e}). Raise max_iter of HarmonyTeacher to go on.",
                 CellstillWarning,
-                stacklevel=2,
+                stacklevel=level_outside(),
             )
         record = {
             "n_iter": n_iter,

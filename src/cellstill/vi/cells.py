@@ -17,7 +17,7 @@ from cellstill.data.counts import as_csr, check_counts, get_layer, iter_rows
 from cellstill.data.genes import align_genes, check_unique_genes
 from cellstill.data.modalities import ModalityLoader
 from cellstill.data.selection import cell_positions
-from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, check_key
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, check_key, level_outside
 from cellstill.vi.covariates import CovariateKeys
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _read_counts(
             warnings.warn(
                 f"{int(lacking.sum())} cells have no count in the modality {name!r} and are taken to lack it.",
                 CellstillWarning,
-                stacklevel=4,
+                stacklevel=level_outside(),
             )
             adata = adata[full]
             rows = np.where(lacking, -1, np.where(rows >= 0, np.cumsum(full)[rows] - 1, -1))

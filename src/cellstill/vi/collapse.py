@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 from cellstill.vi.cells import Cells
 from cellstill.vi.evaluation import blocks, to_numpy
 from cellstill.vi.module import RegularizedVAE
@@ -47,5 +47,5 @@ def warn_if_collapsed(module: RegularizedVAE, cells: Cells, indices: np.ndarray,
             "perhaps training did not find what there is. A larger n_hidden and n_latent, another lr or "
             "kl_warmup=0.1 may help; compare get_elbo() of validation cells, as what a warm-up finds may be noise.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )

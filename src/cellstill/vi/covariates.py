@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cellstill.data.covariates import obs_column
-from cellstill.errors import CellstillWarning, InvalidArgumentError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, level_outside
 from cellstill.vi.config import ModalityConfig
 
 _log = logging.getLogger("cellstill")
@@ -336,7 +336,7 @@ def _encoder_keys(keys: Sequence[str] | str | bool | None, conditioning: tuple[s
             "cells of a new category cannot be encoded without further training. Let decoders take them up instead: "
             "nn_conditioning_covariate_keys.",
             CellstillWarning,
-            stacklevel=5,
+            stacklevel=level_outside(),
         )
     return names
 
@@ -375,7 +375,7 @@ def _warn_if_tiny(values: pd.Series, argument: str) -> None:
             f"{argument}={values.name!r} has {len(sizes)} categories for {len(values)} cells, most with fewer than "
             f"{_FEW_CELLS}, of which little is learned. Is it the column that was meant?",
             CellstillWarning,
-            stacklevel=5,
+            stacklevel=level_outside(),
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 
-from cellstill.errors import CellstillWarning
+from cellstill.errors import CellstillWarning, level_outside
 
 SPREAD = 0.45
 """Largest spread of log ratios that an additive background is left to deal with: a typical factor of 1.6."""
@@ -106,7 +106,7 @@ def warn_if_multiplicative(
             f"would keep the batches apart: add nn_conditioning_covariate_keys=[{key!r}], and "
             f"feature_scaling_covariate_keys=[{key!r}] where the difference is technical.",
             CellstillWarning,
-            stacklevel=3,
+            stacklevel=level_outside(),
         )
     return largest
 

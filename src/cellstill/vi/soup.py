@@ -26,7 +26,7 @@ import scipy.sparse as sp
 from cellstill.data.counts import as_csr
 from cellstill.data.pca import fit_pca
 from cellstill.data.soup import batch_codes
-from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError
+from cellstill.errors import CellstillWarning, InvalidArgumentError, InvalidCountsError, level_outside
 
 # Quantiles of q that stand for its lower end: the estimate, and how far down and up it may be read. Where many genes
 # pile up there, the first of them are those that spread and noise made low: the estimate moves into the pile.
@@ -334,5 +334,5 @@ def _warn(estimate: SoupEstimate) -> None:
         "one type or of few counts. A model takes the median of the batches that identify theirs, and 0, which removes "
         "nothing, where none does. State the rate if you know it: ambient_rate=.",
         CellstillWarning,
-        stacklevel=3,
+        stacklevel=level_outside(),
     )
