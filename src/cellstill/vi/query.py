@@ -145,7 +145,7 @@ class Query(Differential):
         adata
             New cells. ``X`` and layers are changed; ``obs``, ``obsm``, ``obsp``, ``uns`` and ``raw`` are not. Where
             features are missing, their annotation in ``var`` is too, and ``varm`` and ``varp`` are left out. Not a
-            view, and in memory.
+            view, in memory, and not set up yet: :meth:`load_query_data` does that.
         reference_model
             As in :meth:`load_query_data`.
         return_reference_var_names
