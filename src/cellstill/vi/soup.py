@@ -44,7 +44,8 @@ _PILE_WIDTH = 1.5
 _NEGLIGIBLE, _NEGLIGIBLE_UPPER, _IMPLAUSIBLE = 0.02, 0.05, 0.35
 _MIN_STEEPNESS = 0.3
 # At a share that droplets often have, an interval whose ends are this factor apart does without a large pile. That of a
-# lane of blood is 1.8 to 2.8 wide, in parts of it and all seeds that were tried; those of single types from 4.5 on.
+# lane of blood is 1.8 to 2.8 wide, in parts of it and all seeds that were tried (3.0 once); those of single types,
+# at ends that low, from 4.4 on.
 _COMMON, _NARROW = 0.12, 3.5
 _N_COMPS = 20
 _CELLS_PER_CLUSTER = 50
